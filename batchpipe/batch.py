@@ -17,18 +17,22 @@ Int64s: TypeAlias = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ByteRecords:
-    """Records as slices of one buffer: record i is ``data[starts[i]:ends[i]]``, its terminator included."""
+    """Records as slices of one buffer: record i is ``data[starts[i]:ends[i]]``, its terminator included.
+
+    ``content_type`` is the media type of each record, without parameters.
+    """
 
     data: memoryview
     starts: Int64s
     ends: Int64s
+    content_type: str = "application/octet-stream"
 
     @classmethod
-    def of(cls, records: Sequence[bytes]) -> "ByteRecords":
+    def of(cls, records: Sequence[bytes], content_type: str = "application/octet-stream") -> "ByteRecords":
         """Lay the records end to end in one buffer."""
         ends = np.cumsum(np.fromiter(map(len, records), np.int64, len(records)), dtype=np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(records) else ends
-        return cls(memoryview(b"".join(records)), starts, ends)
+        return cls(memoryview(b"".join(records)), starts, ends, content_type)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -48,11 +52,11 @@ class ByteRecords:
 
     def slice(self, start: int, stop: int) -> "ByteRecords":
         """Records start..stop-1, sharing the buffer."""
-        return ByteRecords(self.data, self.starts[start:stop], self.ends[start:stop])
+        return ByteRecords(self.data, self.starts[start:stop], self.ends[start:stop], self.content_type)
 
     def take(self, indices: Int64s) -> "ByteRecords":
         """The records at these places, sharing the buffer."""
-        return ByteRecords(self.data, self.starts[indices], self.ends[indices])
+        return ByteRecords(self.data, self.starts[indices], self.ends[indices], self.content_type)
 
     def body(self) -> memoryview:
         """All records as one run of bytes; a slice of the buffer where they are contiguous."""
@@ -90,7 +94,7 @@ def concat_records(parts: Sequence[Records]) -> Records:
     slices = [part for part in parts if isinstance(part, ByteRecords)]
     ends = np.cumsum(np.concatenate([part.ends - part.starts for part in slices]), dtype=np.int64)
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
-    return ByteRecords(memoryview(b"".join(part.body() for part in slices)), starts, ends)
+    return ByteRecords(memoryview(b"".join(part.body() for part in slices)), starts, ends, slices[0].content_type)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,105 @@
+"""What a stage is to the chain: something a worker opens once, invokes with records, and closes.
+
+Each kind (callable, container, process, endpoint) is one module and one entry of `open_stage`'s table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchpipe.batch import Records
+
+if TYPE_CHECKING:
+    from batchpipe.job import Job, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a stage made of the records it was sent, in their order.
+
+    ``kept`` is None where every record got an answer; a stage that declares ``may_drop`` says with it, one
+    boolean for each record sent, which ones did.
+    """
+
+    records: Records
+    kept: NDArray[np.bool_] | None = None
+
+
+class Remedy(Enum):
+    """What may help after a failed invocation."""
+
+    RETRY = "the same bytes again, later"
+    SMALLER = "fewer records at once"
+    ISOLATE = "nothing but finding the records that fail"
+
+
+class InvocationFailed(Exception):
+    """One attempt of one invocation failed.
+
+    ``reason`` is an exception's class name or ``HTTP 503``, ``location`` the file, line and function of user
+    code where known, ``retry_after_s`` what the server asked for, ``traceback`` the user's own.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        remedy: Remedy,
+        *,
+        location: str = "",
+        retry_after_s: float | None = None,
+        traceback: str = "",
+    ) -> None:
+        super().__init__(f"{reason}: {message}" if message else reason)
+        self.reason = reason
+        self.message = message
+        self.remedy = remedy
+        self.location = location
+        self.retry_after_s = retry_after_s
+        self.traceback = traceback
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """What a worker tells a stage that it opens: where it may write, and which copy of the chain it belongs to."""
+
+    run_id: str
+    copy: int
+    """Which copy of the chain this is, from 0: it chooses the devices (`gpus`)."""
+    scratch: Path
+    """The worker's own folder, deleted when the worker ends."""
+    logs: Path
+    """Where the stage's log is written; copied under the run's ``logs/``."""
+    secrets: frozenset[str] = frozenset()
+    advice: Mapping[str, object] = field(default_factory=dict)
+    """What the container's ``/execution-parameters`` said at the probe, sent along so that the plan stays fixed."""
+
+
+class OpenStage(Protocol):
+    """An open stage of a worker's chain. Closed once, on every path, by whoever opened it."""
+
+    name: str
+    concurrency: int
+    """Invocations in flight at most."""
+
+    async def invoke(self, records: Records) -> Answer:
+        """Answer the records, in order. Raises InvocationFailed; StageStartError if the stage is gone for good."""
+        ...
+
+    def close(self) -> None:
+        """Release everything the stage holds. Never raises, may be called twice."""
+        ...
+
+
+def open_stage(stage: "Stage", job: "Job", context: StageContext) -> OpenStage:
+    """Open a stage of any kind. Raises StageStartError, with everything it had started released."""
+    if stage.kind == "callable":
+        from batchpipe.stages.callable import open_callable
+
+        return open_callable(stage, job, context)
+    raise NotImplementedError(stage.kind)
