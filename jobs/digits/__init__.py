@@ -1,0 +1,1 @@
+"""The stage of jobs/digits.yaml and the script that trained its model."""
