@@ -1,24 +1,38 @@
 """Fixtures that every test may ask for: a clean environment, a real S3 store, a container engine."""
 
+import functools
 import os
 import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.s3_server import S3Server, start_s3_server
 
-# Read before `clean_environ` takes it away: a comma-separated list of what may not be skipped.
-REQUIRED = os.environ.get("BATCHPIPE_REQUIRE", "").split(",")
+ENGINES = ["docker", "podman"]
+
+# The engine that CI insists on, where a skip is a failure. Read before `clean_environ` takes it away.
+REQUIRED = os.environ.get("BATCHPIPE_REQUIRE", "")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what asks for an engine, so that `-m "not container"` needs no marks by hand."""
     for item in items:
         if "engine" in getattr(item, "fixturenames", ()):
             item.add_marker("container")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip here and not in a fixture: all such skips then share one line of the report."""
+    if not item.get_closest_marker("container") or find_engine():
+        return
+    if REQUIRED:
+        pytest.fail(f"BATCHPIPE_REQUIRE={REQUIRED}, but no such engine answers its `info`", pytrace=False)
+    pytest.skip("no container engine answers `docker info` or `podman info`; start one to run these tests")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,6 +42,7 @@ def clean_environ(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("AWS_", "BATCHPIPE_"))]:
             patch.delenv(name)
+        patch.setenv("DOCKER_CONFIG", os.environ.get("DOCKER_CONFIG", str(Path.home() / ".docker")))  # names the engine
         patch.setenv("HOME", str(home))
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # without credentials botocore would ask the network
@@ -53,27 +68,23 @@ def bucket(s3_server: S3Server) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def engine() -> str:
-    """The command of an engine that answers: docker or podman. With BATCHPIPE_REQUIRE=docker a skip is a failure."""
-    for name in ("docker", "podman"):
-        if name in REQUIRED and not _answers(name):
-            pytest.fail(f"BATCHPIPE_REQUIRE={name}, but `{name} info` does not answer", pytrace=False)
-    for name in ("docker", "podman"):
-        if _answers(name):
-            return name
-    pytest.skip("no container engine answers `docker info` or `podman info`; start one to run these tests")
+    """The command of an engine that answers: docker or podman."""
+    found = find_engine()
+    assert found, "pytest_runtest_setup lets no test come here without one"
+    return found
 
 
-@pytest.fixture(autouse=True)
-def _container_needs_engine(request: pytest.FixtureRequest) -> None:
-    """A test marked `container` needs the engine also when it does not ask for its name."""
-    if request.node.get_closest_marker("container"):
-        request.getfixturevalue("engine")
+@functools.cache
+def find_engine() -> str | None:
+    """The first engine that answers. With BATCHPIPE_REQUIRE=docker (or podman) only that one will do."""
+    wanted = [REQUIRED] if REQUIRED else ENGINES
+    return next((name for name in wanted if _answers(name)), None)
 
 
-def _answers(engine: str) -> bool:
-    if not shutil.which(engine):
+def _answers(name: str) -> bool:
+    if not shutil.which(name):
         return False
     try:
-        return subprocess.run([engine, "info"], capture_output=True, check=False, timeout=30).returncode == 0
+        return subprocess.run([name, "info"], capture_output=True, check=False, timeout=30).returncode == 0
     except subprocess.TimeoutExpired:
         return False

@@ -178,19 +178,20 @@ def _is_free(port: int) -> bool:
 def _wait_until_ready(weed: subprocess.Popen[bytes], port: int, log: Path) -> None:
     """Ask until the store refuses an anonymous listing, which it does as soon as its identities are loaded."""
     deadline = time.monotonic() + READY_WITHIN_S
-    while _ask_status(port) != http.client.FORBIDDEN:
+    while ask_status(port) != http.client.FORBIDDEN:
         if weed.poll() is not None or time.monotonic() > deadline:
             state = "still starts" if weed.poll() is None else f"exited with {weed.returncode}"
             raise RuntimeError(f"SeaweedFS {state} after at most {READY_WITHIN_S} s:\n{log.read_text()[-2000:]}")
         time.sleep(0.02)
 
 
-def _ask_status(port: int) -> int | None:
+def ask_status(port: int) -> int | None:
+    """The HTTP status with which 127.0.0.1:port answers a plain GET; None when nobody answers."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", "/")
         return connection.getresponse().status
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None
     finally:
         connection.close()

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import s3fs
 from botocore.exceptions import ClientError, EndpointConnectionError
 
-from tests.s3_server import S3Server, start_s3_server
+from tests.s3_server import S3Server, ask_status, start_s3_server
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,8 +104,10 @@ def test_killed_session_takes_its_server_along(tmp_path: Path):
         session.kill()
         session.stdout.read()  # ends when the guard, who holds it too, is done
 
-    assert list(tmp_path.iterdir()) == []
-    assert sockets_of(endpoint) == []
+    assert (list(tmp_path.iterdir()), sockets_of(endpoint)) == ([], [])
+    deadline = time.monotonic() + 10  # an orphan is killed at once, and gone a moment later
+    while ask_status(int(endpoint.rpartition(":")[2])):
+        assert time.monotonic() < deadline, "the server outlived its session"
 
 
 def sockets_of(endpoint: str) -> list[Path]:
