@@ -1,0 +1,132 @@
+"""URIs, the wildcards in them, and which names are data. Pure: no I/O."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from batchpipe.errors import InputError
+
+
+def protocol(uri: str) -> str:
+    """``file`` for a path, otherwise what stands before ``://``; ``s3a`` is ``s3``."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|::)", uri)
+    name = found[1].lower() if found else "file"
+    return {"s3a": "s3", "local": "file"}.get(name, name)
+
+
+def resolve(uri: str) -> str:
+    """The one spelling that storage uses: an absolute path for local files, no slash at the end, ``s3://`` for ``s3a://``."""
+    if protocol(uri) == "file":
+        return str(Path(re.sub(r"^\w+://", "", uri)).expanduser().absolute())
+    if protocol(uri) == "s3":
+        uri = "s3://" + uri.partition("://")[2]
+    return uri if uri.endswith("://") else uri.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    """The URI of something below a folder."""
+    return "/".join([uri.rstrip("/"), *parts]) if not uri.endswith("://") else uri + "/".join(parts)
+
+
+def relative(uri: str, folder: str) -> str:
+    """The path of an object below a folder; ValueError if it is not below it."""
+    start = join(resolve(folder), "")
+    if not resolve(uri).startswith(start):
+        raise ValueError(f"{clean(uri)!r} is not below {clean(folder)!r}")
+    return resolve(uri)[len(start) :]
+
+
+def clean(uri: str) -> str:
+    """A URI fit to be shown: without userinfo and without a query, where secrets hide."""
+    if protocol(uri) == "file":
+        return uri
+    uri = re.sub(r"(://)[^/@]*@", r"\1", uri)
+    query = r"\?.*" if protocol(uri) in ("http", "https") else r"\?[\w.-]+=.*"
+    return re.sub(query, "", uri)
+
+
+def is_data(path: str) -> bool:
+    """Whether no component of a relative path begins with ``_`` or ``.``."""
+    return not any(part.startswith(("_", ".")) for part in path.split("/"))
+
+
+def has_wildcard(uri: str) -> bool:
+    """Whether a URI is a glob."""
+    return bool(re.search(r"[*?\[]", uri))
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A glob: the last folder without wildcards, and the components below it that have them.
+
+    ``*`` and ``?`` stay within a component, ``[a-z]`` and ``[!a-z]`` are one character, ``**`` stands alone
+    between slashes for any number of folders, and ``[*]`` is how a wildcard is meant literally.
+    """
+
+    folder: str
+    components: tuple[str, ...]
+
+    @classmethod
+    def of(cls, uri: str) -> Self:
+        """Split a URI that has wildcards; InputError where ``**`` does not stand alone."""
+        parts = uri.split("/")
+        first = next(i for i, part in enumerate(parts) if has_wildcard(part))
+        for part in parts[first:]:
+            if "**" in part and part != "**":
+                raise InputError(
+                    f"cannot read {clean(uri)!r}: '**' must stand alone between slashes",
+                    next=f"write {part.replace('**', '*')!r} for one level, or '**/{part.replace('**', '*')}' for all",
+                )
+        return cls("/".join(parts[:first]), tuple(parts[first:]))
+
+    @property
+    def literal_start(self) -> str:
+        """What every match below the folder begins with: lets a store list less."""
+        return re.split(r"[*?\[]", self.components[0])[0]
+
+    @property
+    def is_one_level(self) -> bool:
+        """Whether all matches lie directly in the folder."""
+        return len(self.components) == 1 and self.components[0] != "**"
+
+    def matches(self, path: str) -> bool:
+        """Whether a path relative to the folder matches as a whole."""
+        return bool(re.fullmatch(_regex_of(self.components), path, re.DOTALL))
+
+    def may_enter(self, path: str) -> bool:
+        """Whether a match may lie in this folder, relative to the pattern's: lets a local walk do less."""
+        fixed = next((i for i, part in enumerate(self.components) if part == "**"), len(self.components))
+        names = path.split("/")
+        if fixed == len(self.components) and len(names) >= fixed:
+            return False
+        return all(
+            re.fullmatch(_component_regex(part), name, re.DOTALL)
+            for part, name in zip(self.components[:fixed], names, strict=False)
+        )
+
+
+def _regex_of(components: tuple[str, ...]) -> str:
+    """``a/**/b`` also matches ``a/b``; a last ``**`` is everything below."""
+    regex = ""
+    for i, part in enumerate(components):
+        is_last = i == len(components) - 1
+        if part == "**":
+            regex += ".+" if is_last else "(?:.*/)?"
+        else:
+            regex += _component_regex(part) + ("" if is_last else "/")
+    return regex
+
+
+def _component_regex(component: str) -> str:
+    regex, rest = "", component
+    while rest:
+        one = re.match(r"\[(!?)(\]?[^\]]*)\]", rest)
+        if one:
+            members = re.sub(r"([\\^\[&~|])", r"\\\1", one[2])
+            regex += f"(?!/)[{'^' if one[1] else ''}{members}]" if members else re.escape(one[0])
+            rest = rest[one.end() :]
+        else:
+            regex += {"*": "[^/]*", "?": "[^/]"}.get(rest[0], re.escape(rest[0]))
+            rest = rest[1:]
+    return regex

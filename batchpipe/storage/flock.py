@@ -1,0 +1,67 @@
+"""The lock of a local or NFS folder: a flock, which the system lets go of when its holder dies, however it dies."""
+
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from batchpipe.errors import OutputError
+from batchpipe.storage import owner as owners
+
+
+class FileLock:
+    """Holds a flock on a file that names its owner. The descriptor is close-on-exec: children do not inherit it."""
+
+    def __init__(self, path: Path, owner: Mapping[str, Any]) -> None:
+        self._path = path
+        self._descriptor: int | None = _locked_descriptor(path)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, owners.to_bytes(owners.this_process(owner)), 0)
+
+    def renew(self) -> None:
+        if self._descriptor is None or not _is_at(self._descriptor, self._path):
+            raise OutputError(
+                f"the lock {str(self._path)!r} was lost: somebody removed its file",
+                next="see that no other run writes here, then run the same command again: it resumes",
+            )
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            # Removed while it is still held, so that nobody can lock a file that is about to go.
+            if _is_at(self._descriptor, self._path):
+                self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+def _locked_descriptor(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                return descriptor
+        except BlockingIOError as exc:
+            holder = owners.from_bytes(os.pread(descriptor, 1 << 16, 0))
+            os.close(descriptor)
+            raise owners.locked(str(path), holder, "try again when it has ended, or wait for it: --wait 600") from exc
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder removed it between our opening and our locking
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(descriptor)
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
