@@ -1,0 +1,1 @@
+"""The blocks of a job file as frozen pydantic models; `job` puts them together."""
