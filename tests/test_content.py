@@ -1,0 +1,203 @@
+"""Bodies by content type: what is sent, what is read back, and how answers are counted (G8)."""
+
+import csv
+import io
+import json
+from datetime import UTC, date, datetime
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchpipe.batch import ByteRecords, Records
+from batchpipe.content import (
+    ARROW,
+    CSV,
+    JSON,
+    JSON_LINES,
+    ContentError,
+    decode,
+    decode_one,
+    encode,
+    encode_one,
+    parse_content_type,
+)
+
+TABLE = pa.table({"id": [1, 2], "name": ["a,b", None], "score": [0.5, float("nan")]})
+FIELDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=8)
+
+
+def lines(*records: bytes, content_type: str = CSV) -> ByteRecords:
+    return ByteRecords.of(records, content_type)
+
+
+def read(body: bytes, content_type: str, *, answer_key: str = "") -> ByteRecords:
+    records = decode(body, content_type, answer_key=answer_key)
+    assert isinstance(records, ByteRecords)
+    return records
+
+
+def texts(records: Records) -> list[bytes]:
+    assert isinstance(records, ByteRecords)
+    return records.to_list()
+
+
+def test_csv_lines_are_sent_as_they_lie_without_a_copy():
+    records = lines(b"1,2\n", b"3,4\n")
+
+    body = encode(records, "text/csv")
+
+    assert isinstance(body, memoryview)
+    assert body.obj is records.data.obj
+    assert bytes(body) == b"1,2\n3,4\n"
+
+
+def test_last_line_of_one_object_does_not_run_into_the_first_of_the_next():
+    assert bytes(encode(lines(b"1,2", b"3,4\r\n", b"5,6"), CSV)) == b"1,2\n3,4\n5,6\n"
+
+
+def test_one_line_without_a_newline_stays_as_it_is():
+    assert bytes(encode(lines(b"1,2"), CSV)) == b"1,2"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        (CSV, b'1,"a,b",0.5\n2,,nan\n'),
+        (JSON_LINES, b'{"id":1,"name":"a,b","score":0.5}\n{"id":2,"name":null,"score":null}\n'),
+        (JSON, b'[{"id":1,"name":"a,b","score":0.5},{"id":2,"name":null,"score":null}]'),
+    ],
+)
+def test_table_is_sent_as_its_content_type(content_type: str, body: bytes):
+    assert bytes(encode(TABLE, content_type)) == body
+
+
+def test_table_comes_back_from_arrow_as_it_was():
+    table = decode(bytes(encode(TABLE, ARROW)), ARROW)
+
+    assert isinstance(table, pa.Table)
+    assert table.select(["id", "name"]).equals(TABLE.select(["id", "name"]))
+
+
+def test_header_stands_before_a_tables_rows_if_asked_for():
+    assert bytes(encode(TABLE.slice(0, 1), CSV, header=True)) == b'"id","name","score"\n1,"a,b",0.5\n'
+
+
+def test_json_is_wrapped_under_the_request_key():
+    records = lines(b'{"a":1}\n', b'{"a":2}', content_type=JSON_LINES)
+
+    assert bytes(encode(records, JSON, request_key="instances")) == b'{"instances":[{"a":1},{"a":2}]}'
+
+
+def test_moments_are_iso_8601_in_json():
+    table = pa.table({"day": [date(2013, 1, 2)], "at": [datetime(2013, 1, 2, 3, tzinfo=UTC)]})
+
+    assert json.loads(bytes(encode(table, JSON_LINES))) == {"day": "2013-01-02", "at": "2013-01-02T03:00:00+00:00"}
+
+
+def test_infinity_is_refused_in_json():
+    with pytest.raises(ContentError, match="cannot be sent as application/json: Out of range float"):
+        encode(pa.table({"x": [float("inf")]}), JSON)
+
+
+def test_table_is_refused_as_a_type_that_holds_no_records():
+    with pytest.raises(ContentError, match="a table cannot be sent as image/png; it can as application/json"):
+        encode(TABLE, "image/png")
+
+
+def test_csv_is_refused_as_json_since_it_would_have_to_be_parsed():
+    with pytest.raises(ContentError, match="text/csv cannot be sent as application/json without being parsed"):
+        encode(lines(b"1\n"), JSON)
+
+
+def test_several_objects_are_refused_as_one_body():
+    with pytest.raises(ContentError, match="a body of image/jpeg is one record, not 2"):
+        encode(lines(b"x", b"y", content_type="application/octet-stream"), "image/jpeg")
+
+
+def test_untyped_records_take_the_name_that_the_stage_gives_them():
+    assert bytes(encode(lines(b"1,2\n", b"3,4\n", content_type="text/plain"), CSV)) == b"1,2\n3,4\n"
+
+
+@pytest.mark.parametrize("content_type", [JSON, "application/json; charset=utf-8"])
+def test_one_json_record_is_sent_bare(content_type: str):
+    assert bytes(encode_one(lines(b'{"a":1}\n', content_type=JSON_LINES), content_type)) == b'{"a":1}'
+
+
+def test_answer_to_one_record_is_one_record_whatever_it_holds():
+    assert texts(decode_one(b"[1,\n2]", JSON)) == [b"[1,\n2]"]
+    assert texts(decode_one(b"", CSV)) == [b""]
+
+
+@given(st.lists(st.lists(FIELDS, min_size=2, max_size=3), max_size=6), st.sampled_from(["\n", "\r\n"]))
+def test_G8_csv_answers_are_counted_as_rfc_4180_records(rows: list[list[str]], terminator: str):
+    text = io.StringIO()
+    csv.writer(text, lineterminator=terminator).writerows(rows)
+    body = text.getvalue().encode()
+
+    records = decode(body, CSV)
+
+    assert len(records) == len(rows)
+    assert b"".join(texts(records)) == body
+
+
+@pytest.mark.parametrize("body", [b"1\n\n3\n", b"1\n\n3"])
+def test_G8_blank_csv_line_is_an_answer_of_one_empty_field(body: bytes):
+    assert len(decode(body, CSV)) == 3
+
+
+def test_G8_blank_json_lines_are_no_answers():
+    assert texts(decode(b'{"a":1}\n\n{"a":2}\r\n\r\n', JSON_LINES)) == [b'{"a":1}\n', b'{"a":2}\r\n']
+
+
+def test_G8_json_answers_are_the_elements_under_the_answer_key():
+    body = '{"predictions": [{"p": 0.1}, [1, "ü"], null]}'.encode()
+
+    assert texts(decode(body, JSON, answer_key="predictions")) == [b'{"p":0.1}\n', '[1,"ü"]\n'.encode(), b"null\n"]
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "answer_key", "text"),
+    [
+        (b"{", JSON, "", "not JSON: Expecting"),
+        (b'{"predictions": []}', JSON, "", "not a JSON array of one answer a record at the top"),
+        (b'{"a": 1, "b": 2}', JSON, "predictions", "no key 'predictions' .* the answer is an object of a, b"),
+        (b"[1]", JSON, "predictions", "no key 'predictions' .* the answer is no object"),
+        (b'{"predictions": 1}', JSON, "predictions", "not a JSON array .* under 'predictions'"),
+        (b"nonsense", ARROW, "", "not an Arrow stream: "),
+        (b"\xff", "text/csv; charset=ascii-7", "", "not text in charset 'ascii-7'"),
+        (b"\x81", "text/csv; charset=cp1252", "", "not text in charset 'cp1252'"),
+    ],
+)
+def test_answer_that_cannot_be_read_says_why(body: bytes, content_type: str, answer_key: str, text: str):
+    with pytest.raises(ContentError, match=text):
+        decode(body, content_type, answer_key=answer_key)
+
+
+def test_charset_of_an_answer_becomes_utf_8_and_its_type_has_no_parameters():
+    records = read("é\n".encode("latin-1"), "Text/CSV; charset=ISO-8859-1")
+
+    assert (texts(records), records.content_type) == (["é\n".encode()], CSV)
+
+
+@pytest.mark.parametrize(
+    ("text", "media_type", "parameters"),
+    [
+        ("text/csv; charset=utf-8", CSV, {"charset": "utf-8"}),
+        ('TEXT/CSV;header="present"', CSV, {"header": "present"}),
+        ("application/x-ndjson", JSON_LINES, {}),
+        ("", "", {}),
+    ],
+)
+def test_content_type_is_known_by_its_usual_name(text: str, media_type: str, parameters: dict[str, str]):
+    assert parse_content_type(text) == (media_type, parameters)
+
+
+def test_large_csv_answer_is_cut_in_one_sweep():
+    body = b'"a\nb",1\n' * 200_000
+
+    records = read(body, CSV)
+
+    assert np.array_equal(records.ends, np.arange(1, 200_001) * 8)
