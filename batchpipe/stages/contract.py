@@ -1,0 +1,122 @@
+"""SageMaker's inference contract from the caller's side: what a stage's server is told, asked and waited for."""
+
+import http.client
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from batchpipe.job import Job, StageSpec
+
+PING_TIMEOUT_S = 2.0
+LONGEST_PAUSE_S = 0.25
+PORT = "SAGEMAKER_BIND_TO_PORT"
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What a server says of itself on ``/execution-parameters``; what it does not say is None."""
+
+    max_payload_mb: float | None = None
+    max_concurrent_transforms: int | None = None
+    single_record: bool | None = None
+
+    @classmethod
+    def of(cls, document: object) -> "Advice":
+        """Read both spellings, ``MaxPayloadInMB`` and ``MAX_PAYLOAD_IN_MB``; what makes no sense was not said."""
+        said = {_plain(key): value for key, value in document.items()} if isinstance(document, Mapping) else {}
+        payload, concurrency = (_positive(said.get(key)) for key in ("maxpayloadinmb", "maxconcurrenttransforms"))
+        strategies = {"singlerecord": True, "multirecord": False}
+        return cls(
+            payload,
+            None if concurrency is None else math.ceil(concurrency),
+            strategies.get(_plain(str(said.get("batchstrategy", "")))),
+        )
+
+    def as_document(self) -> dict[str, object]:
+        """The same in the documented spelling, fit for a journal; `of` reads it back."""
+        strategy = {True: "SINGLE_RECORD", False: "MULTI_RECORD", None: None}[self.single_record]
+        said = {
+            "MaxPayloadInMB": self.max_payload_mb,
+            "MaxConcurrentTransforms": self.max_concurrent_transforms,
+            "BatchStrategy": strategy,
+        }
+        return {key: value for key, value in said.items() if value is not None}
+
+
+def _plain(text: str) -> str:
+    return text.replace("_", "").lower()
+
+
+def _positive(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if 0 < number < math.inf else None
+
+
+def contract_environment(stage: "StageSpec", job: "Job", port: int, safe_range: str) -> dict[str, str]:
+    """The variables a server of the contract is started with; limits only where the job states them, as AWS does."""
+    payload_mb = stage.max_payload_mb or job.batch.max_payload_mb
+    concurrency = stage.max_concurrent_transforms or job.batch.max_concurrent_transforms
+    stated = {
+        "SAGEMAKER_MAX_PAYLOAD_IN_MB": None if payload_mb is None else math.ceil(payload_mb),
+        "SAGEMAKER_MAX_CONCURRENT_TRANSFORMS": concurrency,
+    }
+    return {
+        "SAGEMAKER_BATCH": "true",
+        "SAGEMAKER_BATCH_STRATEGY": "SINGLE_RECORD" if job.batch.max_records == 1 else "MULTI_RECORD",
+        PORT: str(port),
+        "SAGEMAKER_SAFE_PORT_RANGE": safe_range,
+        **{name: str(value) for name, value in stated.items() if value is not None},
+    }
+
+
+def devices_of(stage: "StageSpec", copy: int) -> list[int]:
+    """The GPUs of one copy of the chain: copy i has devices i*g to i*g+g-1."""
+    return list(range(copy * stage.gpus, (copy + 1) * stage.gpus))
+
+
+def wait_until_ready(host: str, port: int, timeout_s: float, check: Callable[[], None]) -> None:
+    """Ping until the answer is 200. ``check`` is called in between, and ends the waiting by raising.
+
+    Raises TimeoutError, saying what the last answer was.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause = 0.01
+    while True:
+        check()
+        try:
+            status, _ = _get(host, port, "/ping")
+            last = f"HTTP {status}"
+        except (OSError, http.client.HTTPException) as exc:
+            status, last = 0, f"{type(exc).__name__}: {exc}"
+        if status == 200:
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no 200 from /ping within {timeout_s:g} s (startup_timeout_s), at last {last}")
+        time.sleep(pause)
+        pause = min(pause * 1.5, LONGEST_PAUSE_S)
+
+
+def ask_advice(host: str, port: int) -> Advice:
+    """Ask ``/execution-parameters``, which a server need not have."""
+    try:
+        status, body = _get(host, port, "/execution-parameters")
+        return Advice.of(json.loads(body)) if status == 200 else Advice()
+    except (OSError, http.client.HTTPException, ValueError):
+        return Advice()
+
+
+def _get(host: str, port: int, path: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(host, port, timeout=PING_TIMEOUT_S)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()

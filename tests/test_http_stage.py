@@ -1,0 +1,405 @@
+"""HTTP stages against a real server that misbehaves: every outcome becomes a reason and a remedy."""
+
+import json
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from batchpipe.batch import ByteRecords
+from batchpipe.errors import StageStartError
+from batchpipe.stages import Answer, Remedy
+from batchpipe.stages.contract import Advice
+from batchpipe.stages.http import retry_after_s
+from tests.opened_stage import SERVER, Opened, csv_records, opened
+
+Open = Callable[..., Opened]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A running stage server."""
+    environment = {**os.environ, "SAGEMAKER_BIND_TO_PORT": "0"}
+    with subprocess.Popen(SERVER, stdout=subprocess.PIPE, env=environment, text=True) as server:
+        assert server.stdout
+        yield f"http://127.0.0.1:{server.stdout.readline().split()[-1]}/invocations"
+        server.kill()
+
+
+@pytest.fixture
+def open_endpoint(url: str, tmp_path: Path) -> Iterator[Open]:
+    """Open an endpoint stage with these keys."""
+    with ExitStack() as stack:
+
+        def open_it(
+            *others: dict[str, Any], headers: dict[str, str] | None = None, url: str = url, **keys: Any
+        ) -> Opened:
+            blocks = {name: keys.pop(name) for name in ("batch", "input", "output") if name in keys}
+            stage = {"endpoint": {"url": url, "headers": headers or {}}, **keys}
+            return stack.enter_context(opened(tmp_path, stage, *others, **blocks))
+
+        yield open_it
+
+
+def test_records_are_answered_in_order(open_endpoint: Open):
+    assert open_endpoint().csv("1,2", '"a\nb",4', "5,6") == ["1,2", '"a\nb",4', "5,6"]
+
+
+def test_answer_keeps_its_media_type_without_parameters(open_endpoint: Open):
+    records = open_endpoint().invoke(csv_records("!as text/csv;charset=latin-1 \\xe9\\n")).records
+
+    assert isinstance(records, ByteRecords)
+    assert (records.to_list(), records.content_type) == (["é\n".encode()], "text/csv")
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [
+        (400, Remedy.ISOLATE),
+        (404, Remedy.ISOLATE),
+        (408, Remedy.RETRY),
+        (413, Remedy.SMALLER),
+        (415, Remedy.ISOLATE),
+        (422, Remedy.ISOLATE),
+        (429, Remedy.RETRY),
+        (500, Remedy.RETRY),
+        (503, Remedy.RETRY),
+        (302, Remedy.ISOLATE),
+    ],
+)
+def test_G8_status_is_a_failure_with_a_remedy_and_never_data(open_endpoint: Open, status: int, remedy: Remedy):
+    failure = open_endpoint().failure(f"!status {status}", "1,2")
+
+    assert (failure.reason, failure.message, failure.remedy) == (f"HTTP {status}", f"reason: {status}", remedy)
+
+
+def test_retry_after_is_passed_on(open_endpoint: Open):
+    assert open_endpoint().failure("!status 429 7").retry_after_s == 7.0
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [
+        ("2", 2, 2),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3500, 3600),
+        (format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True), 0, 0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value: str, low: float, high: float):
+    seconds = retry_after_s(value)
+
+    assert seconds is not None
+    assert low <= seconds <= high
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-1", "1e400"])
+def test_retry_after_that_makes_no_sense_was_not_asked_for(value: str):
+    assert retry_after_s(value) is None
+
+
+@pytest.mark.parametrize("order", ["drop", "reset", "short", "nonsense"])
+def test_broken_connection_is_retried(open_endpoint: Open, order: str):
+    stage = open_endpoint()
+
+    failure = stage.failure(f"!{order}")
+
+    assert (failure.remedy, failure.reason) == (Remedy.RETRY, "ConnectionBroken")
+    assert stage.csv("1,2") == ["1,2"]
+
+
+@pytest.mark.parametrize(
+    ("order", "text"),
+    [
+        ("drop", "the connection broke without an answer"),
+        ("reset", "the connection broke in the middle of the answer"),
+        ("short", "the connection broke in the middle of the answer"),
+        ("nonsense", "the answer is not HTTP/1.1: "),
+    ],
+)
+def test_broken_connection_says_when_it_broke(open_endpoint: Open, order: str, text: str):
+    assert text in open_endpoint().failure(f"!{order}").message
+
+
+def test_server_that_closed_an_idle_connection_costs_no_attempt(open_endpoint: Open):
+    stage = open_endpoint()
+
+    for _ in range(20):
+        assert stage.csv("!leave") == ["!leave"]
+
+
+def test_nobody_listening_is_retried(open_endpoint: Open):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+    failure = open_endpoint(url=f"http://127.0.0.1:{port}/").failure("1")
+
+    assert (failure.reason, failure.remedy) == ("ConnectionRefusedError", Remedy.RETRY)
+
+
+def test_slow_answer_is_a_timeout(open_endpoint: Open):
+    failure = open_endpoint(invocations_timeout_s=0.2).failure("!slow 1")
+
+    assert (failure.reason, failure.remedy) == ("Timeout", Remedy.RETRY)
+    assert failure.message == "no answer within 0.2 s (invocations_timeout_s)"
+
+
+def test_late_answer_is_not_taken_for_the_next_one(open_endpoint: Open):
+    stage = open_endpoint(invocations_timeout_s=0.2)
+    stage.failure("!slow 0.4")
+
+    assert stage.csv("!slow 0.01", "mine") == ["!slow 0.01", "mine"]
+
+
+@pytest.mark.parametrize(("order", "count"), [("few", 2), ("many", 4)])
+def test_G8_wrong_count_is_a_failure(open_endpoint: Open, order: str, count: int):
+    failure = open_endpoint().failure(f"!{order}", "1", "2")
+
+    assert (failure.reason, failure.remedy) == ("WrongAnswer", Remedy.ISOLATE)
+    assert failure.message == f"answered {count} records for 3 sent"
+
+
+def test_G8_empty_answer_is_a_wrong_count(open_endpoint: Open):
+    failure = open_endpoint().failure("!status 204", "1")
+
+    assert failure.message == "answered 0 records for 2 sent (HTTP 204 with an empty body)"
+
+
+def test_empty_answer_to_one_record_alone_is_its_answer(open_endpoint: Open):
+    assert open_endpoint(batch={"max_records": 1}).csv("!status 204") == [""]
+
+
+def test_G8_answer_that_cannot_be_counted_is_a_failure(open_endpoint: Open):
+    failure = open_endpoint().failure("!as text/html <p>", "1")
+
+    assert "records of text/html cannot be counted; does `accept` name a type of many records?" in failure.message
+
+
+def test_answer_without_a_content_type_is_what_was_asked_for(open_endpoint: Open):
+    stage = open_endpoint(accept="application/jsonlines")
+
+    records = stage.invoke(csv_records('!as none {"a":1}\\n')).records
+
+    assert isinstance(records, ByteRecords)
+    assert records.content_type == "application/jsonlines"
+
+
+def test_compressed_answer_is_not_taken_for_data(open_endpoint: Open, url: str):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stage = open_endpoint(url=f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        reply = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx"
+        with_reply(listener, reply)
+
+        assert "the answer is compressed (gzip)" in stage.failure("1").message
+
+
+def with_reply(listener: socket.socket, reply: bytes) -> None:
+    """Answer the next connection with these bytes."""
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(reply)
+
+    threading.Thread(target=answer).start()
+
+
+@pytest.mark.parametrize("order", ["chunked", "until_closed", "continue"])
+def test_every_way_of_framing_an_answer_works(open_endpoint: Open, order: str):
+    stage = open_endpoint()
+
+    for _ in range(2):
+        assert stage.csv(f"!{order}", "some more text", "end") == [f"!{order}", "some more text", "end"]
+
+
+def test_large_bodies_go_and_come_whole(open_endpoint: Open):
+    lines = [f"{i}," + "x" * 1000 for i in range(4000)]
+
+    assert open_endpoint().csv(*lines) == lines
+
+
+def test_connections_are_kept_and_used_again(open_endpoint: Open):
+    stage = open_endpoint()
+
+    assert len({stage.csv("!connection")[0] for _ in range(5)}) == 1
+
+
+def test_requests_are_in_flight_together(open_endpoint: Open):
+    stage = open_endpoint(max_concurrent_transforms=4)
+
+    answers = stage.all_at_once(*[csv_records("!together 4", str(i)) for i in range(4)])
+
+    assert all(isinstance(answer, Answer) for answer in answers)
+
+
+def test_no_more_requests_are_in_flight_than_allowed(open_endpoint: Open):
+    stage = open_endpoint(max_concurrent_transforms=2)
+
+    answers = stage.all_at_once(*[csv_records("!connection") for _ in range(20)])
+    ports = {bytes(answer.records[0]) for answer in answers if isinstance(answer, Answer)}
+
+    assert len(ports) == 2
+
+
+def test_body_over_the_limit_is_not_sent(open_endpoint: Open):
+    failure = open_endpoint(max_payload_mb=1 / 1024).failure(*["x" * 99] * 11)
+
+    assert (failure.reason, failure.remedy) == ("PayloadTooLarge", Remedy.SMALLER)
+    assert failure.message == "1,100 bytes of 11 records, over the limit of 1,024 (max_payload_mb)"
+
+
+def test_body_of_exactly_the_limit_is_sent(open_endpoint: Open):
+    assert len(open_endpoint(max_payload_mb=1 / 1024).csv(*["x" * 63] * 16)) == 16
+
+
+def test_request_bears_its_headers_and_the_urls_path(open_endpoint: Open, url: str):
+    stage = open_endpoint(
+        headers={"X-Key": "k1"},
+        url=url.replace("http://", "http://me:pass%40word@") + "?v=1",
+        accept="text/csv; charset=utf-8",
+    )
+
+    path, *headers = stage.csv("!headers")[0].split(",")
+
+    assert path == "/invocations?v=1"
+    assert {"x-key=k1", "accept=text/csv; charset=utf-8", "content-type=text/csv"} < set(headers)
+    assert "authorization=Basic bWU6cGFzc0B3b3Jk" in headers
+
+
+def test_accept_is_the_next_stages_content_type(open_endpoint: Open, url: str):
+    stage = open_endpoint({"endpoint": {"url": url}, "content_type": "application/json"})
+
+    assert "accept=application/json" in stage.csv("!headers")[0]
+
+
+def test_secrets_in_an_error_answer_are_masked(open_endpoint: Open):
+    stage = open_endpoint(headers={"Authorization": "Bearer s3cr3t-token"})
+
+    assert stage.failure("!say bad token s3cr3t-token").message == "bad token ***"
+
+
+def test_long_error_answer_is_cut_and_on_one_line(open_endpoint: Open):
+    assert len(open_endpoint().failure("!say " + "long " * 2000).message) == 500
+
+
+def test_json_is_wrapped_and_unwrapped(open_endpoint: Open):
+    stage = open_endpoint(content_type="application/json", request_key="predictions", answer_key="predictions")
+
+    records = stage.invoke(ByteRecords.of([b'{"a":1}\n', b'{"a":2}\n'], "application/jsonlines")).records
+
+    assert isinstance(records, ByteRecords)
+    assert records.to_list() == [b'{"a":1}\n', b'{"a":2}\n']
+
+
+def test_table_goes_as_arrow_and_comes_back(open_endpoint: Open):
+    table = pa.table({"id": [1, 2], "at": pa.array([1, None], pa.timestamp("us"))})
+
+    answer = open_endpoint(content_type="application/vnd.apache.arrow.stream").invoke(table).records
+
+    assert isinstance(answer, pa.Table)
+    assert answer.equals(table)
+
+
+def test_objects_go_one_a_request_in_order(open_endpoint: Open):
+    stage = open_endpoint(content_type="image/png", max_concurrent_transforms=4)
+    images = [b"!together 4", b"!slow 0.05", b"\x89PNG", b"!together 4", b"!together 4", b"!together 4"]
+
+    records = stage.invoke(ByteRecords.of(images)).records
+
+    assert isinstance(records, ByteRecords)
+    assert records.to_list() == images
+
+
+def test_one_failing_object_fails_the_invocation(open_endpoint: Open):
+    stage = open_endpoint(content_type="image/png")
+
+    outcomes = stage.all_at_once(ByteRecords.of([b"fine", b"!status 400", b"fine"]))
+
+    assert str(outcomes[0]) == "HTTP 400: reason: 400"
+
+
+def test_single_record_json_is_bare(open_endpoint: Open):
+    stage = open_endpoint(content_type="application/json", batch={"max_records": 1})
+
+    records = stage.invoke(ByteRecords.of([b'{"a":1}\n', b"[2]\n"], "application/jsonlines")).records
+
+    assert isinstance(records, ByteRecords)
+    assert records.to_list() == [b'{"a":1}', b"[2]"]
+
+
+def test_uncounted_answer_is_kept_whole(open_endpoint: Open):
+    stage = open_endpoint(count="none", output={"uri": "out", "format": "raw"})
+
+    records = stage.invoke(csv_records("!as text/plain a\\nb\\nc", "1")).records
+
+    assert isinstance(records, ByteRecords)
+    assert records.to_list() == [b"a\nb\nc", b""]
+
+
+def test_content_type_that_does_not_fit_names_the_stage(open_endpoint: Open):
+    with pytest.raises(StageStartError, match="stage 'stage' takes application/json, and what arrives does not fit"):
+        open_endpoint(content_type="application/json").csv("1,2")
+
+
+@pytest.mark.parametrize(
+    ("input_format", "keys", "takes_table"),
+    [
+        ("csv", {}, False),
+        ("csv", {"content_type": "text/csv; charset=utf-8"}, False),
+        ("csv", {"header": True}, True),
+        ("csv", {"content_type": "application/json"}, True),
+        ("jsonl", {"content_type": "application/json"}, False),
+        ("jsonl", {"content_type": "text/csv"}, True),
+        ("lines", {"content_type": "text/csv"}, False),
+    ],
+)
+def test_text_is_parsed_only_for_a_stage_that_cannot_take_it(
+    open_endpoint: Open, input_format: str, keys: dict[str, Any], takes_table: bool
+):
+    stage = open_endpoint(input={"uri": "in", "format": input_format}, **keys).stage
+
+    assert stage.takes_table is takes_table
+
+
+@pytest.mark.parametrize(
+    ("document", "advice"),
+    [
+        ({"MaxConcurrentTransforms": 3, "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": 5}, Advice(5, 3, True)),
+        ({"MAX_CONCURRENT_TRANSFORMS": "2", "BATCH_STRATEGY": "MultiRecord"}, Advice(None, 2, False)),
+        ({"MaxPayloadInMB": 0, "MaxConcurrentTransforms": None, "BatchStrategy": "?"}, Advice()),
+        ({"MaxPayloadInMB": "many", "MaxConcurrentTransforms": float("nan")}, Advice()),
+        ([1], Advice()),
+    ],
+)
+def test_advice_is_read_in_both_spellings_and_survives_the_journal(document: object, advice: Advice):
+    assert Advice.of(document) == advice
+    assert Advice.of(json.loads(json.dumps(advice.as_document()))) == advice
+
+
+def test_close_ends_the_idle_connections(open_endpoint: Open):
+    stage = open_endpoint()
+    stage.csv("1")
+    [connection] = stage.stage._connections._idle
+
+    stage.stage.close()
+
+    assert connection.closed
+
+
+def test_positions_of_a_large_uncounted_answer_fit_its_records(open_endpoint: Open):
+    records = (
+        open_endpoint(count="none", output={"uri": "out", "format": "raw"}).invoke(csv_records("1", "2", "3")).records
+    )
+
+    assert isinstance(records, ByteRecords)
+    assert np.array_equal(records.ends - records.starts, [6, 0, 0])
