@@ -8,13 +8,14 @@ class InputObject:
     """One file or S3 object of the dataset, at the version that was listed.
 
     ``index`` is its place in the sorted listing, ``size`` is in bytes, ``version`` is the ETag on S3 and the
-    modification time in nanoseconds on a local disk.
+    modification time in nanoseconds on a local disk. ``name`` is its path below the folder that was listed.
     """
 
     index: int
     uri: str
     size: int
     version: str
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,11 @@ class Range:
     start: int
     stop: int
     exact: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the range is the whole object."""
+        return self.start == 0 and self.stop == WHOLE
 
     @property
     def is_first(self) -> bool:

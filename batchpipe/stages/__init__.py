@@ -86,6 +86,8 @@ class OpenStage(Protocol):
     name: str
     concurrency: int
     """Invocations in flight at most."""
+    takes_table: bool
+    """Whether it works on tables, so that text must be parsed before; else it takes records as they are."""
 
     async def invoke(self, records: Records) -> Answer:
         """Answer the records, in order. Raises InvocationFailed; StageStartError if the stage is gone for good."""
@@ -102,4 +104,12 @@ def open_stage(stage: "Stage", job: "Job", context: StageContext) -> OpenStage:
         from batchpipe.stages.callable import open_callable
 
         return open_callable(stage, job, context)
+    if stage.kind == "process":
+        from batchpipe.stages.process import open_process
+
+        return open_process(stage, job, context)
+    if stage.kind == "endpoint":
+        from batchpipe.stages.endpoint import open_endpoint
+
+        return open_endpoint(stage, job, context)
     raise NotImplementedError(stage.kind)

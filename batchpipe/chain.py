@@ -1,0 +1,133 @@
+"""A worker's open stages: mini-batches in, their outcomes out in order, the bytes in flight bounded.
+
+The chain belongs to the worker, is opened once, and owns the limits: however many splits run on it, a stage never
+has more invocations in flight than it allows.
+"""
+
+import asyncio
+import threading
+from collections import defaultdict, deque
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Self
+
+import numpy as np
+
+from batchpipe.batch import MiniBatch
+from batchpipe.invoke import FailedRecord, FailureLimit, Outcome, invoke
+from batchpipe.job import Job
+from batchpipe.manifest import StageStats
+from batchpipe.stages import OpenStage, StageContext, open_stage
+
+
+class Chain:
+    """The open stages of one worker and the event loop they run on. A context manager; closing it closes them."""
+
+    def __init__(self, stages: Sequence[OpenStage], max_retries: Sequence[int], loop: asyncio.AbstractEventLoop) -> None:
+        self.stages = tuple(stages)
+        self._max_retries = tuple(max_retries)
+        self._loop = loop
+        self._free = [asyncio.Semaphore(stage.concurrency) for stage in stages]
+
+    @property
+    def takes_tables(self) -> bool:
+        """Whether the first stage is given tables, so that text must be parsed before it."""
+        return self.stages[0].takes_table
+
+    @property
+    def depth(self) -> int:
+        """Mini-batches one split keeps in flight: enough to keep every HTTP stage full, two for callables alone."""
+        return max(2, 1 + sum(stage.concurrency for stage in self.stages if stage.concurrency > 1))
+
+    def stream(
+        self, batches: Iterable[MiniBatch], limit: FailureLimit, stats: dict[str, StageStats]
+    ) -> Iterator[tuple[MiniBatch, Outcome]]:
+        """Send mini-batches through all stages; yield each with its outcome, in the order they came in.
+
+        Ends early, without the rest, once `limit` is spent.
+        """
+        in_flight: deque[tuple[MiniBatch, Future[Outcome]]] = deque()
+        try:
+            for batch in batches:
+                in_flight.append((batch, self._start(self._transform(batch, limit, stats))))
+                if len(in_flight) >= self.depth:
+                    sent, future = in_flight.popleft()
+                    yield sent, future.result()
+                if limit.is_spent:
+                    break
+            while in_flight:
+                sent, future = in_flight.popleft()
+                yield sent, future.result()
+        finally:
+            for _, future in in_flight:
+                future.cancel()
+
+    async def _transform(self, batch: MiniBatch, limit: FailureLimit, stats: dict[str, StageStats]) -> Outcome:
+        """One mini-batch through the whole chain; places stay those of the mini-batch as it was sent."""
+        outcome = Outcome(batch.records, np.arange(len(batch), dtype=np.int64))
+        for stage, retries, free in zip(self.stages, self._max_retries, self._free, strict=True):
+            if outcome.records is None or not len(outcome.places):
+                break
+            async with free:
+                answer = await invoke(stage, outcome.records, retries, limit, stats)
+            outcome = _compose(outcome, answer)
+        return outcome
+
+    def _start(self, coroutine: Coroutine[Any, Any, Outcome]) -> "Future[Outcome]":
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every stage, then the loop. May be called twice."""
+        for stage in reversed(self.stages):
+            stage.close()
+        with suppress(RuntimeError):  # the loop is closed already
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+def _compose(before: Outcome, answer: Outcome) -> Outcome:
+    """The outcome of two stages in a row, in places of the first one's records."""
+    failed = tuple(
+        FailedRecord(int(before.places[late.place]), late.stage, late.why, late.attempts) for late in answer.failed
+    )
+    return Outcome(
+        answer.records,
+        before.places[answer.places],
+        before.failed + failed,
+        np.concatenate([before.dropped, before.places[answer.dropped]]),
+    )
+
+
+def open_chain(job: Job, context: StageContext) -> Chain:
+    """Open all stages of a job, side by side. Raises the first error, with everything that was opened closed again."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=_run, args=(loop,), name="chain", daemon=True).start()
+    with ThreadPoolExecutor(len(job.stages), thread_name_prefix="open") as threads:
+        opening = [threads.submit(open_stage, stage, job, context) for stage in job.stages]
+    errors = [future.exception() for future in opening]
+    if any(errors):
+        for future, error in zip(opening, errors, strict=True):
+            if error is None:
+                future.result().close()
+        loop.call_soon_threadsafe(loop.stop)
+        raise next(error for error in errors if error is not None)
+    return Chain([future.result() for future in opening], [stage.invocations_max_retries for stage in job.stages], loop)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def new_stats() -> dict[str, StageStats]:
+    """An empty account of what each stage does."""
+    return defaultdict(StageStats)

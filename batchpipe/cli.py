@@ -1,0 +1,240 @@
+"""The command line: parse, call, print, exit code. Only click is imported before a verb runs."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from batchpipe.job import Job
+    from batchpipe.manifest import Manifest
+    from batchpipe.runner import Progress
+    from batchpipe.storage import Store
+
+OK, DEFECT = 0, 1
+
+
+class Stopped(BaseException):
+    """A signal that ends the run: raised where the program is, so that everything is released on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def main() -> NoReturn:
+    """Entry point: run the command line and exit with its code."""
+    sys.exit(run_command_line(sys.argv[1:]))
+
+
+def run_command_line(arguments: list[str]) -> int:
+    """Run one command; print errors; return the exit code."""
+    try:
+        with _signals_as_exceptions():
+            commands.main(arguments, prog_name="batchpipe", standalone_mode=False)
+        return OK
+    except Stopped as stopped:
+        click.echo(f"stopped by {stopped}: everything is released; the same command resumes", err=True)
+        return stopped.exit_code
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DEFECT
+    except Exception as error:  # noqa: BLE001 - the last boundary: nobody is shown a traceback unasked
+        return _report(error, arguments)
+
+
+def _report(error: Exception, arguments: list[str]) -> int:
+    from batchpipe.errors import BatchpipeError
+    from batchpipe.summary import error_document, explain
+
+    if not isinstance(error, BatchpipeError):
+        if "-v" in arguments or "--verbose" in arguments:
+            import traceback
+
+            traceback.print_exception(error)
+        message = f"unexpected {type(error).__name__}: {error}"
+        error = BatchpipeError(message, next="this is a defect of batchpipe; the same command with -v shows where")
+    click.echo(explain(error), err=True)
+    if "--json" in arguments:
+        click.echo(json.dumps(error_document(error)))
+    return error.exit_code
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """The first hang-up, Ctrl-C or TERM raises `Stopped`; later ones wait for the release it starts."""
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, _: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="batchpipe")
+def commands() -> None:
+    """Run a dataset through a chain of stages: outputs, a manifest, and all compute given back."""
+
+
+def _job_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key, such as output.uri=..."),
+        click.option("--var", "variables", multiple=True, metavar="NAME=VALUE", help="Give ${NAME} of the job file a value."),
+        click.argument("job", metavar="JOB", type=click.Path()),
+    ):
+        command = option(command)
+    return command
+
+
+def _load(job: str, variables: tuple[str, ...], settings: tuple[str, ...], workers: int | None = None) -> "Job":
+    from batchpipe.jobfile import load_job
+
+    if workers is not None:
+        settings = (*settings, f"compute.workers={workers}")
+    return load_job(job, set=settings, vars=_pairs(variables))
+
+
+def _pairs(variables: tuple[str, ...]) -> Mapping[str, str]:
+    wrong = [each for each in variables if "=" not in each]
+    if wrong:
+        raise click.UsageError(f"--var takes NAME=VALUE, not {wrong[0]!r}")
+    return dict(each.split("=", 1) for each in variables)
+
+
+@commands.command()
+@_job_options
+@click.option("--run-id", help="The run's id; by default it follows from the job and its inputs.")
+@click.option("--restart", is_flag=True, help="Drop an unfinished run in the output and begin anew.")
+@click.option("--wait", "wait_s", type=float, default=0.0, metavar="S", help="Seconds to wait for another run in the output.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Workers, in place of compute.workers.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object.")
+@click.option("--progress", type=click.Choice(["auto", "bar", "log", "none"]), default="auto", help="On stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of unexpected errors.")
+def run(job: str, variables: Any, settings: Any, **options: Any) -> None:
+    """Run a job, or resume it; a no-op if it is done."""
+    from pathlib import Path
+
+    from batchpipe.progress import choose_progress
+    from batchpipe.runner import run_job
+    from batchpipe.summary import summarize
+
+    loaded = _load(job, variables, settings, options["workers"])
+    quiet = options["quiet"]
+    show = choose_progress("none" if quiet else options["progress"], _command_line())
+    steps = set()
+
+    def watch(progress: "Progress") -> None:
+        steps.add(progress.step)
+        show(progress)
+
+    manifest = run_job(
+        loaded,
+        run_id=options["run_id"],
+        restart=options["restart"],
+        wait_s=options["wait_s"],
+        on_progress=watch,
+    )
+    if options["as_json"]:
+        click.echo(manifest.model_dump_json())
+    elif not quiet:
+        click.echo(summarize(manifest, job, Path.cwd(), was_done=not steps))
+
+
+def _command_line() -> str:
+    import shlex
+
+    return shlex.join(["batchpipe", *(argument for argument in sys.argv[1:] if argument != "--restart")])
+
+
+@commands.command()
+@_job_options
+def plan(job: str, variables: Any, settings: Any) -> None:
+    """Show what a job would read and how it would be cut, without running it."""
+    from batchpipe.runner import plan_job
+    from batchpipe.summary import describe_plan
+
+    loaded = _load(job, variables, settings)
+    with plan_job(loaded) as (planned, run_id):
+        click.echo(describe_plan(planned, loaded, run_id))
+
+
+@commands.command()
+@_job_options
+def check(job: str, variables: Any, settings: Any) -> None:
+    """Try everything a run needs, one mini-batch included, and leave nothing behind."""
+    from batchpipe.runner import check_job
+
+    for line in check_job(_load(job, variables, settings)):
+        click.echo(line)
+
+
+def _output_argument(command: Callable[..., None]) -> Callable[..., None]:
+    argument = click.argument("output", metavar="OUTPUT", type=click.Path())
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object.")
+    return argument(as_json(command))
+
+
+def _open_output(output: str) -> tuple["Store", str]:
+    """The store and folder of an output: a folder or URL, or the job file that names it."""
+    from batchpipe.storage import open_store, resolve
+
+    if output.endswith((".yaml", ".yml", ".json")):
+        spec = _load(output, (), ()).output
+        return open_store(spec.uri, spec.storage_options), spec.uri
+    return open_store(output), resolve(output)
+
+
+def _print_manifest(manifest: "Manifest", as_json: bool, head: str) -> None:
+    from pathlib import Path
+
+    from batchpipe.summary import summarize
+
+    if as_json:
+        click.echo(manifest.model_dump_json())
+    else:
+        click.echo(head + summarize(manifest, "JOB", Path.cwd()))
+
+
+@commands.command()
+@_output_argument
+def show(output: str, as_json: bool) -> None:
+    """Show the manifest of OUTPUT: a folder, a URL, or the job file that names it."""
+    from batchpipe.verify import load_manifest
+
+    _print_manifest(load_manifest(*_open_output(output)), as_json, "")
+
+
+@commands.command()
+@_output_argument
+def verify(output: str, as_json: bool) -> None:
+    """Read OUTPUT again and compare every checksum and count with its manifest."""
+    from batchpipe.verify import verify_output
+
+    _print_manifest(verify_output(*_open_output(output)), as_json, "verified: every part is as it was published\n")
+
+
+@commands.command()
+def schema() -> None:
+    """Print the JSON Schema of job files, for editors."""
+    from batchpipe.job_schema import job_schema
+
+    click.echo(json.dumps(job_schema(), indent=2))

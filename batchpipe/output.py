@@ -1,0 +1,380 @@
+"""The driver's side of an output: who may write it, what of the run is there already, publish, discard.
+
+Workers only ever write pending pieces; what is here alone makes them visible, and from the journaled commit on it
+only rolls forward (G2).
+"""
+
+import hashlib
+import json
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from batchpipe.errors import JobError, LockedError, OutputError
+from batchpipe.job import Job
+from batchpipe.journal import Journal, open_journal, read_journal
+from batchpipe.manifest import Input, LongTable, Manifest, Part, SplitResult
+from batchpipe.plan import Fingerprint, Inputs
+from batchpipe.redact import clean_uri
+from batchpipe.storage import Lock, ObjectMissingError, Pending, Store, join, open_store, relative
+
+HIDDEN = "_batchpipe"
+PUBLISHERS = 8
+LOCK_POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where a run keeps what is its own, below the output's hidden folder."""
+
+    root: str
+    run_id: str
+
+    @property
+    def uri(self) -> str:
+        """The run's folder."""
+        return join(self.root, HIDDEN, self.run_id)
+
+    def __truediv__(self, name: str) -> str:
+        return join(self.uri, name)
+
+    @property
+    def manifest(self) -> str:
+        """The current manifest: one fixed path for all runs."""
+        return join(self.root, HIDDEN, "manifest.json")
+
+
+def read_manifest(store: Store, root: str) -> Manifest | None:
+    """The output's current manifest, None where no run has finished."""
+    try:
+        data = store.read(join(root, HIDDEN, "manifest.json"))
+    except ObjectMissingError:
+        return None
+    return Manifest.model_validate_json(data)
+
+
+class PieceSpool:
+    """The pieces of settled splits, kept in a file: a run of any number of splits costs eight bytes of memory each."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w+b")
+        self._places = array("q")
+
+    def add(self, result: SplitResult) -> None:
+        """Remember what a settled split wrote."""
+        missing = result.split + 1 - len(self._places)
+        self._places.extend([-1] * max(missing, 0))
+        self._places[result.split] = self._file.seek(0, 2)
+        objects = [part.object for part in result.ranges]
+        line = {"piece": result.piece, "written": result.accounts.written, "objects": objects}
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for split, place in enumerate(self._places):
+            if place >= 0:
+                self._file.seek(place)
+                yield split, json.loads(self._file.readline())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Output:
+    """An output that this run holds the lock of. `manifest` is set where the run is finished already."""
+
+    def __init__(self, job: Job, fingerprint: Fingerprint, folder: RunFolder, store: Store) -> None:
+        self.job = job
+        self.fingerprint = fingerprint
+        self.folder = folder
+        self.store = store
+        self.manifest: Manifest | None = None
+        self.replaced: Manifest | None = None
+        self.lock: Lock
+        self.journal: Journal
+        self.pieces: PieceSpool
+        self.schemas: dict[str, Any] = {}
+        self.started = _now()
+        self.is_committed = False
+        self.is_resumed = False
+
+    @property
+    def part_prefix(self) -> str:
+        """What names of parts begin with: the run is in it where an older run's parts lie beside."""
+        return f"part-{self.folder.run_id}-" if self.job.output.if_exists == "replace" else "part-"
+
+    def replay(self) -> list[SplitResult]:
+        """Settled splits of earlier starts whose pieces are still there; what nobody journaled is discarded."""
+        present = {_key(pending): pending for pending in self._pending()}
+        settled = []
+        for entry in self.journal.replay():
+            match entry["type"]:
+                case "start":
+                    self.started, self.is_resumed = entry["started"], True
+                case "schema":
+                    self.schemas = entry
+                case "commit":
+                    self.is_committed = True
+                case "split":
+                    settled.append(SplitResult.from_json(_without_type(entry)))
+        if not self.is_committed:
+            settled = [result for result in settled if not result.piece or _key_of(result.piece) in present]
+            _discard_all_but(self.store, present, settled)
+        for result in settled:
+            self.pieces.add(result)
+        return settled
+
+    def begin(self) -> None:
+        """Write down what this run is, so that a later start knows whether it is the same."""
+        if not self.is_resumed:
+            self.journal.append("start", started=self.started, fingerprint=self.fingerprint.document)
+            self.journal.flush()
+
+    def set_schemas(self, schemas: dict[str, Any]) -> None:
+        """Fix the schemas that the first mini-batch proved, for this start and every later one."""
+        self.schemas = schemas
+        self.journal.append("schema", **schemas)
+        self.journal.flush()
+
+    def settle(self, result: SplitResult) -> None:
+        """Journal a settled split, and let its quarantined records be seen."""
+        self.keep_quarantine(result)
+        self.pieces.add(result)
+        self.journal.append("split", **result.to_json())
+
+    def keep_quarantine(self, result: SplitResult) -> None:
+        """Let a split's quarantined records be seen, in place of those of an earlier try."""
+        if result.quarantine:
+            pending = Pending.from_json(result.quarantine)
+            earlier = self.store.stat(pending.uri).version if self.store.exists(pending.uri) else None
+            self.store.publish(pending, replaces=earlier)
+
+    def publish(self, inputs: Inputs, manifest: Manifest, input_rows: Iterator[Input]) -> Manifest:
+        """Make every piece visible, then the manifest. Once begun, a later start finishes it."""
+        if not self.is_committed:
+            self.journal.append("commit", at=_now())
+        self.journal.flush()
+        self.lock.renew()
+        replaces = self._versions_to_replace()
+        with ThreadPoolExecutor(PUBLISHERS, thread_name_prefix="publish") as threads:
+            parts = list(threads.map(lambda item: self._publish_one(item[0], item[1], replaces), self.pieces))
+        table = self._write_table("parts.jsonl", (part for part in parts if part), lambda part: part.bytes)
+        listed = self._write_table("inputs.jsonl", input_rows, lambda row: row.bytes)
+        manifest = manifest.model_copy(update={"parts": table, "inputs": listed, "finished": _now()})
+        self.store.put(self.folder.manifest, manifest.model_dump_json(indent=2).encode() + b"\n")
+        self._remove_replaced(manifest)
+        self._remove_journal()
+        self.manifest = manifest
+        return manifest
+
+    def sweep(self) -> None:
+        """Discard the pending pieces that no flushed journal entry names: nothing could ever publish them."""
+        if self.manifest is None:
+            self.journal.flush()
+            sweep_run(self.store, self.folder)
+
+    def _pending(self) -> Iterator[Pending]:
+        return iter_pending(self.store, self.folder)
+
+    def _publish_one(self, split: int, line: dict[str, Any], replaces: dict[str, str]) -> Part | None:
+        if line["piece"] is None:
+            return None
+        pending = Pending.from_json(line["piece"])
+        self.store.publish(pending, replaces=replaces.get(pending.uri))
+        name = relative(pending.uri, self.folder.root)
+        return Part(
+            uri=name, records=line["written"], bytes=pending.size, sha256=pending.sha256, splits=(split, split)
+        )
+
+    def _versions_to_replace(self) -> dict[str, str]:
+        """Under mirror and replace: the objects of the old manifest that are overwritten in place, at their version."""
+        if self.replaced is None or self.job.output.layout != "mirror":
+            return {}
+        uris = [join(self.folder.root, part.uri) for part in iter_parts(self.store, self.folder.root, self.replaced)]
+        return {uri: self.store.stat(uri).version for uri in uris if self.store.exists(uri)}
+
+    def _write_table(self, name: str, rows: Iterator[Any], size: Any) -> LongTable:
+        lines, total = [], 0
+        for row in rows:
+            lines.append(row.model_dump_json())
+            total += size(row)
+        data = "".join(line + "\n" for line in lines).encode()
+        self.store.put(self.folder / name, data)
+        uri = f"{HIDDEN}/{self.folder.run_id}/{name}"
+        return LongTable(uri=uri, rows=len(lines), bytes=total, sha256=hashlib.sha256(data).hexdigest())
+
+    def _remove_replaced(self, manifest: Manifest) -> None:
+        if self.replaced is None:
+            return
+        kept = {part.uri for part in iter_parts(self.store, self.folder.root, manifest)}
+        old = [part.uri for part in iter_parts(self.store, self.folder.root, self.replaced) if part.uri not in kept]
+        self.store.delete(join(self.folder.root, uri) for uri in old)
+        if self.replaced.run_id != manifest.run_id:
+            self.store.remove_folder(join(self.folder.root, HIDDEN, self.replaced.run_id))
+
+    def _remove_journal(self) -> None:
+        for name in ("journal", "pending", "pieces"):
+            self.store.remove_folder(self.folder / name)
+
+
+def iter_parts(store: Store, root: str, manifest: Manifest) -> Iterator[Part]:
+    """The parts that a manifest names, in order."""
+    for line in store.read(join(root, manifest.parts.uri)).splitlines():
+        yield Part.model_validate_json(line)
+
+
+@contextmanager
+def open_output(
+    job: Job, run_id: str, fingerprint: Fingerprint, scratch: Path, *, restart: bool = False, wait_s: float = 0.0
+) -> Iterator[Output]:
+    """Hold the output for this run: lock it and find out what of the run is there.
+
+    Raises LockedError (75) if another run holds it, OutputError (7) if it holds something already, and JobError (2)
+    if an unfinished run of another id is there, or another job or input under this run id.
+    """
+    store, root = open_store(job.output.uri, job.output.storage_options), job.output.uri
+    output = Output(job, fingerprint, RunFolder(root, run_id), store)
+    with _lock(store, root, {"run": run_id, "job": job.name}, wait_s) as output.lock:
+        finished = read_manifest(store, root)
+        if finished and finished.run_id == run_id:
+            _same_or_raise(output, finished)
+            output.manifest = finished
+            yield output
+            return
+        unfinished = _unfinished_runs(store, root)
+        if restart:
+            for run in unfinished:
+                discard_run(store, RunFolder(root, run))
+            unfinished = []
+        _no_other_run_or_raise(output, unfinished)
+        if run_id not in unfinished:
+            _free_or_raise(output, finished)
+        output.replaced = finished
+        output.pieces = PieceSpool(scratch / "pieces.spool")
+        output.journal = open_journal(store, output.folder / "journal")
+        try:
+            yield output
+        finally:
+            output.sweep()
+            output.pieces.close()
+
+
+@contextmanager
+def _lock(store: Store, root: str, owner: Mapping[str, str], wait_s: float) -> Iterator[Lock]:
+    """Hold the output's lock, waiting for it if asked to. Raises LockedError (75)."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            lock = store.lock(join(root, HIDDEN, "lock"), owner)
+            break
+        except LockedError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(LOCK_POLL_S)
+    with lock:
+        yield lock
+
+
+def iter_pending(store: Store, folder: RunFolder) -> Iterator[Pending]:
+    """Pieces of this output that are written and not visible. Uploads of other programs in the folder are left alone."""
+    for pending in store.iter_pending(folder.root, staging=folder / "pending"):
+        name = relative(pending.uri, folder.root) if pending.uri else ""
+        if not name or name.startswith(("part-", f"{HIDDEN}/")) or ".out" in name:
+            yield pending
+
+
+def sweep_run(store: Store, folder: RunFolder) -> None:
+    """Discard every pending piece that the run's journal does not name. Its lock must be held."""
+    present = {_key(pending): pending for pending in iter_pending(store, folder)}
+    entries = list(read_journal(store, folder / "journal")) if present else []
+    if not any(entry["type"] == "commit" for entry in entries):
+        settled = [SplitResult.from_json(_without_type(entry)) for entry in entries if entry["type"] == "split"]
+        _discard_all_but(store, present, settled)
+
+
+def discard_run(store: Store, folder: RunFolder) -> None:
+    """Drop an unfinished run: its pending pieces, its journal, its quarantine."""
+    for pending in iter_pending(store, folder):
+        store.discard(pending)
+    store.remove_folder(folder.uri)
+
+
+def _discard_all_but(store: Store, present: Mapping[str, Pending], settled: Iterable[SplitResult]) -> None:
+    kept = {_key_of(result.piece) for result in settled if result.piece}
+    for key in present.keys() - kept:
+        store.discard(present[key])
+
+
+def _without_type(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "type"}
+
+
+def _unfinished_runs(store: Store, root: str) -> list[str]:
+    found = store.iter_folder(join(root, HIDDEN))
+    paths = (relative(each.uri, join(root, HIDDEN)).split("/") for each in found)
+    return sorted({path[0] for path in paths if len(path) > 2 and path[1] == "journal"})
+
+
+def _same_or_raise(output: Output, finished: Manifest) -> None:
+    if finished.fingerprint != output.fingerprint.sha256:
+        msg = f"run {finished.run_id} is finished, with another job file or other inputs"
+        raise JobError(
+            msg, where=clean_uri(output.folder.root), next="choose another --run-id, or leave it out: it then follows from both"
+        )
+
+
+def _no_other_run_or_raise(output: Output, unfinished: list[str]) -> None:
+    for run in unfinished:
+        theirs = _start_of(output.store, RunFolder(output.folder.root, run))
+        changes = output.fingerprint.differences(theirs) if theirs else []
+        if run == output.folder.run_id and not changes:
+            continue
+        msg = f"the output holds the unfinished run {run} of another job or input" + "".join(
+            f"\n  changed: {change}" for change in changes[:5]
+        )
+        raise JobError(
+            msg,
+            where=clean_uri(output.folder.root),
+            next="undo the change to resume it, or add --restart to drop it and begin anew",
+        )
+
+
+def _start_of(store: Store, folder: RunFolder) -> dict[str, Any] | None:
+    for found in store.iter_folder(folder / "journal"):
+        for line in store.read(found.uri).splitlines():
+            entry = json.loads(line)
+            if entry["type"] == "start":
+                return dict(entry["fingerprint"])
+    return None
+
+
+def _free_or_raise(output: Output, finished: Manifest | None) -> None:
+    """Refuse a folder that holds what this run did not make."""
+    root, run_id = output.folder.root, output.folder.run_id
+    if finished and output.job.output.if_exists == "error":
+        msg = f"the output holds the finished run {finished.run_id} of {finished.finished}, and this is run {run_id}"
+        raise OutputError(msg, where=clean_uri(root), next="choose another output.uri, or set output.if_exists: replace")
+    named = {part.uri for part in iter_parts(output.store, root, finished)} if finished else set()
+    for found in output.store.find(root):
+        if (name := relative(found.uri, root)) not in named:
+            msg = f"the output folder holds {name!r}, which no manifest names"
+            raise OutputError(msg, where=clean_uri(root), next="choose another output.uri, or move what is there")
+
+
+def _key(pending: Pending) -> str:
+    return pending.upload_id or pending.staging
+
+
+def _key_of(piece: dict[str, Any]) -> str:
+    return _key(Pending.from_json(piece))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+

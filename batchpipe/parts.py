@@ -1,0 +1,161 @@
+"""The worker's side of an output: one pending piece for each split, and the file of its quarantined records."""
+
+import base64
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from batchpipe.batch import MiniBatch, Origins, Records
+from batchpipe.convert import cast_table
+from batchpipe.formats import open_writer
+from batchpipe.job import Job
+from batchpipe.manifest import Failure
+from batchpipe.split import Split
+from batchpipe.storage import PendingWriter, join, open_store
+
+HIDDEN = "_batchpipe"
+MAX_FAILURES_IN_RESULT = 5
+MAX_PAYLOAD_CHARACTERS = 1_048_576
+_ENDINGS = {"parquet": ".parquet", "csv": ".csv", "jsonl": ".jsonl", "raw": ".out"}
+_COMPRESSED_ENDINGS = {"gzip": ".gz", "zstd": ".zst"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the pieces of one run go. A description, sent to workers."""
+
+    job: Job
+    run_id: str
+    part_prefix: str
+    attempt: str
+    """Unique to one start of the run, so that a published object tells whose it is."""
+
+    @property
+    def staging(self) -> str:
+        """The folder for pieces that storage cannot hide at their final place."""
+        return join(self.job.output.uri, HIDDEN, self.run_id, "pending")
+
+    def piece_uri(self, split: Split) -> str:
+        """Where the split's piece will be published."""
+        output = self.job.output
+        compressed = _COMPRESSED_ENDINGS.get(output.codec, "") if output.format != "parquet" else ""
+        if output.layout == "parts":
+            return join(output.uri, f"{self.part_prefix}{split.index:08d}{_ENDINGS[output.format]}{compressed}")
+        if split.ranges[0].is_whole:
+            return join(output.uri, f"{split.ranges[0].object.name}.out{compressed}")
+        return join(output.uri, HIDDEN, self.run_id, "pieces", f"{split.index:08d}")
+
+    def quarantine_uri(self, split: Split) -> str:
+        """Where the split's quarantined records will be seen."""
+        return join(self.job.output.uri, HIDDEN, self.run_id, "quarantine", f"split-{split.index:08d}.jsonl")
+
+
+class Piece:
+    """The pending output of one split. Opened by `open_piece`, which discards it unless it is finished."""
+
+    def __init__(self, place: Place, split: Split, schema: pa.Schema | None, sink: PendingWriter) -> None:
+        self._job = place.job
+        self._split = split
+        self._schema = schema
+        self._sink = sink
+        self._writer = open_writer(place.job.output, sink, schema, header=split.ranges[0].is_first)
+
+    @property
+    def written(self) -> int:
+        """Records written so far."""
+        return int(self._writer.records)
+
+    def write(self, records: Records, origins: Origins) -> None:
+        """Write answers in order; `origins` are those of the records they answer."""
+        if isinstance(records, pa.Table):
+            if self._job.output.add_source:
+                records = add_source(records, origins, self._split)
+            if self._schema is not None:
+                records = cast_table(records, self._schema)
+        self._writer.write(records)
+
+    def finish(self) -> dict[str, Any] | None:
+        """Bring the piece to safety, still invisible. None, and nothing is left, where a part would hold no record."""
+        self._writer.close()
+        if not self.written and self._job.output.layout == "parts":
+            return None
+        return self._sink.finish().to_json()
+
+
+@contextmanager
+def open_piece(place: Place, split: Split, schema: pa.Schema | None) -> Iterator[Piece]:
+    """Open the pending piece of a split. Raises OutputError if it cannot be written."""
+    output = place.job.output
+    store = open_store(output.uri, output.storage_options)
+    with store.open_pending(place.piece_uri(split), staging=place.staging, attempt=place.attempt) as sink:
+        yield Piece(place, split, schema, sink)
+
+
+def add_source(table: pa.Table, origins: Origins, split: Split) -> pa.Table:
+    """Add where each record came from: `_object`, its URI, and `_record`, its place in the object from 0."""
+    uris = pa.array([found.object.uri for found in split.ranges], pa.string())
+    objects = uris.take(pa.array(origins.ranges))
+    return table.append_column("_object", objects).append_column("_record", pa.array(origins.ordinals))
+
+
+class Quarantine:
+    """The failed records of one split, each a JSON line with where it came from and why."""
+
+    def __init__(self, place: Place, split: Split) -> None:
+        self._place = place
+        self._split = split
+        self._lines: list[bytes] = []
+        self._sink: PendingWriter | None = None
+        self.count = 0
+        self.first: list[Failure] = []
+
+    def add(self, failure: Failure, batch: MiniBatch, index: int) -> None:
+        """Keep a failed record, and the record itself as it was read."""
+        self.count += 1
+        if len(self.first) < MAX_FAILURES_IN_RESULT:
+            self.first.append(failure)
+        payload = record_text(batch, index)
+        self._open().write(json.dumps(asdict(replace(failure, payload=payload))).encode() + b"\n")
+
+    def finish(self) -> dict[str, Any] | None:
+        """Bring the file to safety, still invisible; None where no record failed."""
+        return self._sink.finish().to_json() if self._sink else None
+
+    def discard(self) -> None:
+        """Remove what was written and not finished."""
+        if self._sink:
+            self._sink.__exit__(None, None, None)
+
+    def _open(self) -> PendingWriter:
+        if self._sink is None:
+            output, place = self._place.job.output, self._place
+            store = open_store(output.uri, output.storage_options)
+            uri = place.quarantine_uri(self._split)
+            self._sink = store.open_pending(uri, staging=place.staging, attempt=place.attempt).__enter__()
+        return self._sink
+
+
+@contextmanager
+def open_quarantine(place: Place, split: Split) -> Iterator[Quarantine]:
+    """Open a split's quarantine, which makes no file before the first failed record."""
+    quarantine = Quarantine(place, split)
+    try:
+        yield quarantine
+    finally:
+        quarantine.discard()
+
+
+def record_text(batch: MiniBatch, index: int) -> str:
+    """A record as text: a table's row as JSON, bytes as they are, or `base64:...` where they are no UTF-8."""
+    one = batch.slice(index, index + 1).records
+    if isinstance(one, pa.Table):
+        return json.dumps(one.to_pylist()[0], default=str)[:MAX_PAYLOAD_CHARACTERS]
+    data = bytes(one[0][:MAX_PAYLOAD_CHARACTERS])
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "base64:" + base64.b64encode(data).decode()

@@ -1,0 +1,122 @@
+"""The worker processes of a local pool: started before the cluster they join, replaced when lost, stopped.
+
+Knows processes, not Dask: what a worker does with its folder is `batchpipe.worker`'s business.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchpipe.errors import PoolError
+from batchpipe.stages.watcher import WatchedProcess, Watcher, WatcherLostError
+
+POLL_S = 0.1
+SPLITS_AT_A_TIME = 2
+"""Splits a worker runs side by side: reading and writing of one overlap with computing of the other."""
+MAX_LOST_IN_A_ROW = 5
+"""Workers lost without one task finished between them: then replacing them is of no use."""
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: WatchedProcess
+    log: Path
+
+
+class WorkerProcesses:
+    """Worker processes on this host, each in a process group of its own so that Ctrl-C reaches only the driver."""
+
+    def __init__(self, scratch: Path, watcher: Watcher, task: object) -> None:
+        self._scratch = scratch
+        self._watcher = watcher
+        self._workers: list[_Worker] = []
+        self._started = 0
+        self._lost_in_a_row = 0
+        self._threads = 1
+        self._closing = threading.Event()
+        self._guard = threading.Thread(target=self._replace_lost, name="workers", daemon=True)
+        self.error: PoolError | None = None
+        _write_private(scratch / "chain.pickle", pickle.dumps(task))
+
+    def start(self, count: int) -> None:
+        """Start `count` workers, each with its share of the cores for libraries that have threads of their own."""
+        self._threads = max(1, available_cores() // count)
+        self._workers = [self._start_one() for _ in range(count)]
+        self._guard.start()
+
+    def join_cluster(self, address: str, security: dict[str, Any]) -> None:
+        """Tell all workers, also those that come later, where their scheduler is."""
+        _write_private(self._scratch / "cluster.json", json.dumps({"address": address, "security": security}).encode())
+
+    def task_done(self) -> None:
+        """Note that the workers get on with the work."""
+        self._lost_in_a_row = 0
+
+    def log_tail(self) -> str:
+        """The end of what the workers printed, newest worker first that printed anything."""
+        for worker in reversed(self._workers):
+            with contextlib.suppress(OSError):
+                if text := worker.log.read_text(errors="replace").strip():
+                    return text[-1500:]
+        return ""
+
+    def stop(self) -> None:
+        """Kill all workers: whatever they hold is pending and either journaled or given up. Waits until they are gone."""
+        self._closing.set()
+        if self._guard.ident:
+            self._guard.join()
+        for worker in self._workers:
+            with contextlib.suppress(WatcherLostError, ProcessLookupError):
+                worker.process.stop(grace_s=0)
+        self._workers.clear()
+
+    def _start_one(self) -> _Worker:
+        number, self._started = self._started, self._started + 1
+        log = self._scratch / f"worker-{number}.log"
+        command = [sys.executable, "-P", "-m", "batchpipe.worker", str(self._scratch), str(number)]
+        env = {**dict.fromkeys(_THREAD_VARIABLES, str(self._threads)), **os.environ, "PYTHONFAULTHANDLER": "1"}
+        process = self._watcher.start(command, env=env, cwd=Path.cwd(), log=log)
+        return _Worker(process, log)
+
+    def _replace_lost(self) -> None:
+        while not self._closing.wait(POLL_S):
+            try:
+                self._replace_once()
+            except OSError as error:
+                self.error = PoolError(f"a worker process cannot be started: {error}")
+                return
+
+    def _replace_once(self) -> None:
+        for place, worker in enumerate(self._workers):
+            code = worker.process.poll()
+            if code is None:
+                continue
+            self._lost_in_a_row += 1
+            if self._lost_in_a_row > MAX_LOST_IN_A_ROW:
+                how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+                msg = f"{self._lost_in_a_row} workers were lost in a row, the last one {how}"
+                self.error = PoolError(msg, log=self.log_tail(), next="the same command again resumes the run")
+                self._closing.set()
+                return
+            self._workers[place] = self._start_one()
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, which a container or taskset may have narrowed."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    """Write a file that only this user can read, all at once: workers wait for its name."""
+    waiting = path.with_suffix(".part")
+    descriptor = os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+    waiting.rename(path)

@@ -1,0 +1,320 @@
+"""A run as a list of steps: what `batchpipe run` and the Python interface do. Everything opened here is released here."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from batchpipe.errors import BatchpipeError, RecordsFailedError
+from batchpipe.job import Job
+from batchpipe.jobfile import fill_run_id
+from batchpipe.manifest import SCHEMA_VERSION, Failure, Input, LongTable, Manifest, RunAccounts, StageAccount, StageStats
+from batchpipe.output import HIDDEN, Output, open_output
+from batchpipe.parts import Place
+from batchpipe.plan import Inputs, Plan, list_inputs, make_fingerprint, make_plan
+from batchpipe.processes import WorkerProcesses, available_cores
+from batchpipe.redact import clean_uri
+from batchpipe.schedule import Schedule, Tally
+from batchpipe.stages.watcher import Watcher, open_watcher
+from batchpipe.storage import join, open_store
+from batchpipe.source import read_gauge
+from batchpipe.transform import Orders, Schemas, close_worker_chain, probe, renew_lease, run_splits
+
+if TYPE_CHECKING:
+    from batchpipe.pool import Pool
+
+PROBED_AT_ONCE = 32
+NO_CONDITIONAL_PUT = ", but the store overwrites when told not to: two runs at once are not kept apart there"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is: handed to `on_progress` several times a second and at each step."""
+
+    step: str
+    """plan, start, transform, publish or done."""
+    run_id: str
+    job: Job
+    tally: Tally
+    objects: int = 0
+    bytes: int = 0
+    records_at_work: int = 0
+    """Records of splits that are being worked on, beside those of `tally`."""
+    bytes_at_work: int = 0
+    workers: int = 0
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def ignore(_: Progress) -> None:
+    """Look at no progress."""
+
+
+def run_job(
+    job: Job,
+    *,
+    run_id: str | None = None,
+    on_progress: OnProgress = ignore,
+    restart: bool = False,
+    wait_s: float = 0.0,
+) -> Manifest:
+    """Read, transform, write, prove, publish; give all compute back on every path.
+
+    Without a `run_id` it follows from the job and its inputs, so that running again resumes what is unfinished and
+    is a no-op for what is done. Raises a BatchpipeError, whose `exit_code` is the command's.
+    """
+    with open_scratch() as (scratch, watcher):
+        inputs = list_inputs(job.input, scratch)
+        fingerprint = make_fingerprint(job, inputs)
+        run_id = run_id or fingerprint.sha256[:8]
+        job = fill_run_id(job, run_id)
+        with open_output(job, run_id, fingerprint, scratch, restart=restart, wait_s=wait_s) as output:
+            if output.manifest:
+                return output.manifest
+            with sweeping_if_killed(output, watcher):
+                run = Run(job, run_id, make_plan(inputs, job), output, on_progress)
+                if not output.is_committed:
+                    run.transform(scratch, watcher)
+                run.show("publish")
+                manifest = run.publish(inputs)
+                run.show("done")
+                return manifest
+
+
+@contextlib.contextmanager
+def open_scratch() -> Iterator[tuple[Path, Watcher]]:
+    """A private temporary folder, and the watcher that deletes it however this process ends."""
+    with contextlib.ExitStack() as release:
+        # Resolved: on macOS the temporary folder is behind a link.
+        scratch = Path(release.enter_context(tempfile.TemporaryDirectory(prefix="batchpipe-"))).resolve()
+        watcher = release.enter_context(open_watcher(scratch=scratch))
+        yield scratch, watcher
+
+
+@contextlib.contextmanager
+def sweeping_if_killed(output: Output, watcher: Watcher) -> Iterator[None]:
+    """Have the watcher discard what nobody journaled, if this process is killed before it can do so itself."""
+    descriptor, name = tempfile.mkstemp(prefix="batchpipe-sweep-")  # outlives the scratch; readable by this user only
+    with os.fdopen(descriptor, "w") as file:
+        options = output.job.output.storage_options
+        json.dump({"root": output.folder.root, "options": options, "run_id": output.folder.run_id}, file)
+    watcher.at_end([sys.executable, "-P", "-m", "batchpipe.sweep", name])
+    try:
+        yield
+    finally:
+        watcher.at_end(None)
+        Path(name).unlink(missing_ok=True)
+
+
+class Run:
+    """One start of a run that has its output: the steps between the plan and the manifest."""
+
+    def __init__(self, job: Job, run_id: str, plan: Plan, output: Output, on_progress: OnProgress) -> None:
+        self.job = job
+        self.run_id = run_id
+        self.plan = plan
+        self.output = output
+        self.started = time.monotonic()
+        self.workers = 0
+        self._on_progress = on_progress
+        self.schedule = Schedule(plan, plan.count, output.replay())
+        output.begin()
+
+    def show(self, step: str, pool: "Pool | None" = None) -> None:
+        """Tell whoever watches where the run is."""
+        gauge = pool.progress() if pool else {}
+        self._on_progress(
+            Progress(
+                step=step,
+                run_id=self.run_id,
+                job=self.job,
+                tally=self.schedule.tally,
+                objects=self.plan.inputs.count,
+                bytes=self.plan.inputs.bytes,
+                records_at_work=gauge.get("records", 0),
+                bytes_at_work=gauge.get("bytes", 0),
+                workers=self.workers,
+            )
+        )
+
+    def transform(self, scratch: Path, watcher: Watcher) -> None:
+        """Run every split that has not settled, on a pool that is opened and released here."""
+        self.show("plan")
+        if self.schedule.is_done:
+            return
+        with open_workers(self.job, self.run_id, self.plan.count, scratch, watcher) as pool:
+            self.workers = pool.workers
+            self.show("start", pool)
+            orders = self._orders(pool)
+            tasks = pool.stream(run_splits, self.schedule.take, orders, on_tick=lambda: self.show("transform", pool))
+            for task, outcomes in tasks:
+                for result in self.schedule.settle(task, outcomes):
+                    self.output.settle(result)
+                    self._judge(result.stopped)
+            self.workers = pool.workers
+
+    def publish(self, inputs: Inputs) -> Manifest:
+        """Prove the accounts, make the pieces visible, write the manifest."""
+        tally = self.schedule.tally
+        self._prove()
+        return self.output.publish(inputs, self._manifest(tally), self._input_rows(inputs, tally))
+
+    def _orders(self, pool: "Pool") -> Orders:
+        """What tasks are told, the schemas among it: proved by the first mini-batch, or journaled by an earlier start."""
+        output, limit = self.output, self.job.on_error.max_failed_records
+        place = Place(self.job, self.run_id, output.part_prefix, f"{self.run_id}-{output.journal.epoch}-{uuid4().hex[:8]}")
+        orders = Orders(self.job, place, Schemas(), limit)
+        if output.schemas:
+            return replace(orders, schemas=Schemas.from_json(output.schemas))
+        splits = iter(self.plan)
+        while probed := tuple(islice(splits, PROBED_AT_ONCE)):
+            schemas = pool.call(probe, probed, orders)
+            if schemas is not None:
+                output.set_schemas(schemas.to_json())
+                return replace(orders, schemas=schemas)
+        return orders
+
+    def _judge(self, stopped: bool) -> None:
+        """End the run if more records failed than it may lose."""
+        tally, allowed = self.schedule.tally, self.job.on_error.max_failed_records
+        if stopped or (allowed is not None and tally.accounts.quarantined > allowed):
+            raise too_many_failed(self.job, tally, self.output.folder / "quarantine")
+
+    def _prove(self) -> None:
+        """Check the accounts of every object, and the percentage that may fail (G1)."""
+        tally, percent = self.schedule.tally, self.job.on_error.max_failed_percent
+        if percent is not None and tally.accounts.quarantined > tally.accounts.read * percent / 100:
+            raise too_many_failed(self.job, tally, self.output.folder / "quarantine")
+        for found in self.plan.inputs:
+            accounts = tally.of_object(found.index)
+            if not accounts.balanced:
+                msg = f"the accounts of {clean_uri(found.uri)} do not add up: {accounts}"
+                raise BatchpipeError(msg, next="this is a defect of batchpipe; nothing was published")
+
+    def _input_rows(self, inputs: Inputs, tally: Tally) -> Iterator[Input]:
+        for found in inputs:
+            numbers = asdict(tally.of_object(found.index))
+            yield Input(uri=clean_uri(found.uri), bytes=found.size, version=found.version, **numbers)
+
+    def _manifest(self, tally: Tally) -> Manifest:
+        empty = LongTable(uri="", rows=0, bytes=0, sha256="")
+        return Manifest(
+            schema_version=SCHEMA_VERSION,
+            run_id=self.run_id,
+            name=self.job.name,
+            fingerprint=self.output.fingerprint.sha256,
+            output=clean_uri(self.job.output.uri),
+            output_format=self.job.output.format,
+            job=self.job.document(),
+            inputs=empty,
+            parts=empty,
+            accounts=RunAccounts(**asdict(tally.accounts)),
+            stages={
+                stage.name: StageAccount(**asdict(tally.stages.get(stage.name, StageStats())))
+                for stage in self.job.stages
+            },
+            read_s=tally.read_s,
+            write_s=tally.write_s,
+            worker_seconds=tally.worker_seconds,
+            workers=self.workers,
+            splits=tally.splits,
+            started=self.output.started,
+            finished="",
+            seconds=time.monotonic() - self.started,
+            versions=versions(),
+            failures=tuple(asdict(failure) for failure in tally.failures),
+        )
+
+
+@contextlib.contextmanager
+def plan_job(job: Job) -> Iterator[tuple[Plan, str]]:
+    """What a run would do and the run id it would have. The plan can be read inside the block."""
+    with open_scratch() as (scratch, _):
+        inputs = list_inputs(job.input, scratch)
+        yield make_plan(inputs, job), make_fingerprint(job, inputs).sha256[:8]
+
+
+def check_job(job: Job) -> Iterator[str]:
+    """Try all that a run needs, in this process: list, read, write, open the stages, one mini-batch; a line for each.
+
+    Leaves nothing. Raises what a run would raise.
+    """
+    with plan_job(job) as (plan, run_id):
+        job = fill_run_id(job, run_id)
+        yield f"input     {plan.inputs.count:,} objects, {plan.inputs.bytes:,} bytes, {plan.count:,} splits"
+        store = open_store(job.output.uri, job.output.storage_options)
+        is_safe = store.supports_conditional_put(join(job.output.uri, HIDDEN))
+        yield f"output    {clean_uri(job.output.uri)} can be written" + ("" if is_safe else NO_CONDITIONAL_PUT)
+        orders = Orders(job, Place(job, run_id, "part-", "check"), Schemas(), job.on_error.max_failed_records)
+        try:
+            schemas = probe(tuple(islice(plan, PROBED_AT_ONCE)), orders) or Schemas()
+        finally:
+            close_worker_chain(run_id)
+        yield f"stages    {', '.join(stage.name for stage in job.stages)}: opened, one mini-batch went through"
+        if schemas.output is not None:
+            yield "columns   " + ", ".join(f"{field.name}: {field.type}" for field in schemas.output)
+
+
+@contextlib.contextmanager
+def open_workers(job: Job, run_id: str, splits: int, scratch: Path, watcher: Watcher) -> Iterator["Pool"]:
+    """Open the pool of a job. Local workers are started first, and import while this process imports Dask."""
+    processes = None
+    if job.compute.cluster == "local":
+        count = worker_count(job, splits)
+        processes = WorkerProcesses(scratch, watcher, (job, run_id))
+        processes.start(count)
+    from batchpipe.pool import Lease, open_pool  # the slowest import of all, after the workers have begun theirs
+
+    lease = Lease(renew_lease, close_worker_chain, (run_id,))
+    with open_pool(job.compute, processes, lease, read_gauge) as pool:
+        yield pool
+
+
+def worker_count(job: Job, splits: int) -> int:
+    """Local workers: as stated, else one for each core but not more than splits; one where every stage is HTTP."""
+    stated = job.compute.workers
+    if isinstance(stated, int):
+        return stated
+    most = available_cores() if isinstance(stated, str) else stated.maximum
+    if isinstance(stated, str) and all(stage.is_http for stage in job.stages):
+        return 1
+    return max(1, min(most, splits))
+
+
+def too_many_failed(job: Job, tally: Tally, quarantine: str) -> RecordsFailedError:
+    """The error that ends a run which lost more records than it may, naming the first one."""
+    first, failed = tally.failures[0], tally.accounts.quarantined
+    allowed = job.on_error.max_failed_records
+    budget = f"{allowed:,} allowed" if allowed is not None else f"{job.on_error.max_failed_percent:g} % allowed"
+    location = f" ({first.location})" if first.location else ""
+    count = "1 record" if failed == 1 else f"{failed:,} records"
+    kept = f"{tally.settled:,} of {tally.splits:,} splits are kept"
+    return RecordsFailedError(
+        f"stage {first.stage!r} failed for {count}, {budget}: {first.reason}: {first.message}{location}",
+        where=f"{describe_failure(first)}; kept in {clean_uri(quarantine)}",
+        next=f"allow it and resume, {kept}: batchpipe run {job.path} --set on_error.max_failed_records={failed}",
+    )
+
+
+def describe_failure(failure: Failure) -> str:
+    """Where a failed record lies, for people."""
+    number = f", record {failure.record + 1:,}" if failure.record is not None else ""
+    offset = f", byte {failure.offset:,}" if failure.offset >= 0 else ""
+    return f"{failure.object}{number}{offset}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes the output."""
+    names = ("batchpipe", "pyarrow", "pandas", "numpy", "dask", "distributed", "fsspec", "s3fs")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

@@ -1,0 +1,161 @@
+"""Which split next: skips the journaled, requeues the lost and the wrongly cut, proves cuts, keeps the tally. Pure."""
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from batchpipe.manifest import Accounts, Failure, SplitFailed, SplitResult, StageStats
+from batchpipe.split import Split
+
+TASK_S = 1.2
+"""Seconds of work a Dask task should carry: a no-op task costs the driver 2-3 ms."""
+LARGEST_TASK = 256
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has settled so far. `objects` holds four numbers for each input object: see `of_object`."""
+
+    splits: int = 0
+    settled: int = 0
+    accounts: Accounts = field(default_factory=Accounts)
+    bytes_read: int = 0
+    stages: dict[str, StageStats] = field(default_factory=dict)
+    read_s: float = 0.0
+    write_s: float = 0.0
+    worker_seconds: float = 0.0
+    failures: list[Failure] = field(default_factory=list)
+    objects: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def add(self, result: SplitResult) -> None:
+        """Count a settled split."""
+        self.settled += 1
+        self.accounts += result.accounts
+        self.read_s += result.read_s
+        self.write_s += result.write_s
+        self.worker_seconds += result.seconds
+        for name, stats in result.stages.items():
+            self.stages[name] = self.stages.get(name, StageStats()) + stats
+        for part in result.ranges:
+            self.bytes_read += part.bytes_read
+            self._add_to_object(part.object, part.accounts)
+        self.failures.extend(result.failures[: max(0, 10 - len(self.failures))])
+
+    def of_object(self, index: int) -> Accounts:
+        """The accounts of one input object."""
+        numbers = self.objects[4 * index : 4 * index + 4]
+        return Accounts(*numbers) if numbers else Accounts()
+
+    def _add_to_object(self, index: int, accounts: Accounts) -> None:
+        missing = 4 * (index + 1) - len(self.objects)
+        if missing > 0:
+            self.objects.extend([0] * missing)
+        numbers = (accounts.read, accounts.written, accounts.quarantined, accounts.dropped)
+        for place, number in enumerate(numbers, start=4 * index):
+            self.objects[place] += number
+
+
+class Schedule:
+    """Hands out splits in runs worth about a second of work, and takes their results until all have settled.
+
+    A range of a quoted CSV guesses where its first record begins. Its result counts only when the range before it
+    has settled and ends exactly there; otherwise the range is run again from the proved place.
+    """
+
+    def __init__(self, splits: Iterable[Split], count: int, journaled: Iterable[SplitResult] = ()) -> None:
+        self.tally = Tally(splits=count)
+        self._settled = bytearray(count)
+        self._records = array("q", [-1]) * count
+        self._ends: dict[int, int] = {}
+        for result in journaled:
+            self._count(result)
+        self._ends = {split: end for split, end in self._ends.items() if split + 1 < count and not self._settled[split + 1]}
+        self._fresh: Iterator[Split] = (split for split in splits if not self._settled[split.index])
+        self._again: deque[Split] = deque()
+        self._running: dict[int, Split] = {}
+        self._held: dict[int, SplitResult | SplitFailed] = {}
+        self._seconds_per_split = TASK_S
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every split has settled."""
+        return self.tally.settled == self.tally.splits
+
+    def take(self, slots: int) -> tuple[Split, ...]:
+        """The next run of consecutive splits for one of `slots` places that work at the same time; empty if none waits."""
+        if self._again:
+            taken = [self._again.popleft()]
+        else:
+            left = self.tally.splits - self.tally.settled - len(self._running)
+            size = min(int(TASK_S / max(self._seconds_per_split, 1e-6)), LARGEST_TASK, left // (2 * slots))
+            taken = [split for _, split in zip(range(max(size, 1)), self._fresh, strict=False)]
+        self._running.update({split.index: split for split in taken})
+        return tuple(taken)
+
+    def give_back(self, splits: Iterable[Split]) -> None:
+        """Queue splits again whose worker was lost before it could answer."""
+        for split in splits:
+            if self._running.pop(split.index, None):
+                self._again.append(split)
+
+    def settle(self, task: Iterable[Split], outcomes: Iterable[SplitResult | SplitFailed]) -> Iterator[SplitResult]:
+        """Take a task's outcomes; yield every result that is settled by them, to be journaled.
+
+        Splits of the task without an outcome are queued again. Raises the error of a split that is certain to
+        have begun at a record.
+        """
+        for outcome in outcomes:
+            self._held[outcome.split] = outcome
+            yield from self._settle_from(outcome.split)
+        self.give_back(split for split in task if split.index in self._running and split.index not in self._held)
+
+    def records_before(self, split: int, is_same_object: Callable[[int], bool]) -> int | None:
+        """Records in earlier splits of the same object, None while one of them has not settled."""
+        total = 0
+        for earlier in range(split - 1, -1, -1):
+            if not is_same_object(earlier):
+                break
+            if self._records[earlier] < 0:
+                return None
+            total += self._records[earlier]
+        return total
+
+    def _settle_from(self, index: int) -> Iterator[SplitResult]:
+        while index in self._held:
+            split, outcome = self._running[index], self._held[index]
+            proof = self._prove(split, outcome)
+            if proof is None:
+                return
+            del self._held[index], self._running[index]
+            if proof is not split:
+                self._again.append(proof)
+                return
+            if isinstance(outcome, SplitFailed):
+                raise outcome.error
+            self._count(outcome)
+            self._seconds_per_split += 0.2 * (outcome.seconds - self._seconds_per_split)
+            yield outcome
+            index += 1
+
+    def _prove(self, split: Split, outcome: SplitResult | SplitFailed) -> Split | None:
+        """The split itself if it began at a record, a corrected one if it did not, None while nobody knows."""
+        first = split.ranges[0]
+        if first.exact or first.is_first:
+            return split
+        end = self._ends.get(split.index - 1)
+        if end is None:
+            return None
+        if isinstance(outcome, SplitResult) and outcome.ranges[0].first == end:
+            return split
+        return replace(split, ranges=(replace(first, start=end, exact=True),))
+
+    def _count(self, result: SplitResult) -> None:
+        if self._settled[result.split]:
+            return
+        self._settled[result.split] = 1
+        self.tally.add(result)
+        self._records[result.split] = result.accounts.read
+        self._ends.pop(result.split - 1, None)
+        if result.ranges:
+            self._ends[result.split] = result.ranges[-1].next_start

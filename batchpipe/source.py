@@ -1,0 +1,193 @@
+"""The reading side of a split: its records as mini-batches, and the account of what became of each (G1)."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+
+from batchpipe.batch import ByteRecords, MiniBatch, Origins, iter_batches
+from batchpipe.convert import BadRecord, InputSchema
+from batchpipe.errors import InputError
+from batchpipe.formats import FORMATS
+from batchpipe.invoke import FailedRecord, FailureLimit, Outcome
+from batchpipe.job import Job
+from batchpipe.manifest import Accounts, Failure, RangeResult
+from batchpipe.parts import Quarantine
+from batchpipe.redact import clean_uri, mask, secrets_of
+from batchpipe.split import Range, Split
+from batchpipe.storage import open_store
+
+READING = "read"
+"""The stage that failures of reading and parsing are reported under."""
+MAX_MESSAGE_CHARACTERS = 2_000
+
+_gauge = {"records": 0, "bytes": 0}
+_moving = threading.Lock()
+
+
+def read_gauge() -> dict[str, int]:
+    """Records and bytes of the splits that this worker is at work on: moves inside a split."""
+    return dict(_gauge)
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Records of one range by what became of them, and what its reader found at its ends."""
+
+    read: int = 0
+    written: int = 0
+    quarantined: int = 0
+    dropped: int = 0
+    first: int = -1
+    next_start: int = -1
+    bytes_read: int = 0
+
+
+class Source:
+    """The records of one split. A context manager: while it is open its progress shows in the worker's gauge."""
+
+    def __init__(
+        self, split: Split, job: Job, schema: InputSchema | None, quarantine: Quarantine, limit: FailureLimit
+    ) -> None:
+        self.read_s = 0.0
+        self._split = split
+        self._job = job
+        self._format = FORMATS[job.input.format]
+        self._schema = schema
+        self._quarantine = quarantine
+        self._limit = limit
+        self._counts = [_Counts() for _ in split.ranges]
+        self._secrets = secrets_of(job)
+        self._shown = {"records": 0, "bytes": 0}
+
+    def batches(self, *, as_tables: bool) -> Iterator[MiniBatch]:
+        """Mini-batches of the split, in order, text parsed where `as_tables`.
+
+        Records that cannot be parsed are quarantined instead. Raises InputError where nothing can be read, or where
+        a type that we inferred does not fit.
+        """
+        size = min(stage.max_payload_bytes(self._job.batch) for stage in self._job.stages)
+        batches = iter_batches(self._blocks(), self._job.batch.max_records, size)
+        while not self._limit.is_spent:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            if batch is not None and as_tables:
+                batch = self._parse(batch)
+            self.read_s += time.perf_counter() - began
+            if batch is None:
+                return
+            if len(batch):
+                yield batch
+
+    def settle(self, sent: MiniBatch, outcome: Outcome) -> None:
+        """Count what became of a mini-batch's records, by range; quarantine those that failed."""
+        self._count("written", sent.origins.take(outcome.places))
+        self._count("dropped", sent.origins.take(outcome.dropped))
+        for failed in outcome.failed:
+            self._add_failure(sent, failed)
+        self._show("records", len(sent))
+
+    def results(self) -> tuple[RangeResult, ...]:
+        """What each range yielded."""
+        return tuple(
+            RangeResult(
+                object=found.object.index,
+                start=found.start,
+                first=counts.first,
+                next_start=counts.next_start,
+                bytes_read=counts.bytes_read,
+                accounts=Accounts(counts.read, counts.written, counts.quarantined, counts.dropped),
+            )
+            for found, counts in zip(self._split.ranges, self._counts, strict=True)
+        )
+
+    def describe(self, origins: Origins) -> str:
+        """Where records lie, for people: object, record, byte offset where the format has one."""
+        found = self._split.ranges[int(origins.ranges[0])]
+        of_what = "" if found.is_first else f" after byte {found.start:,}"
+        record = f", record {origins.ordinals[0] + 1:,}{of_what}"
+        offset = f", byte {origins.offsets[0]:,}" if origins.offsets[0] >= 0 else ""
+        return f"{clean_uri(found.object.uri)}{record}{offset}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # What was shown of a split at work is in the driver's tally from here on.
+        for name in _gauge:
+            self._show(name, -self._shown[name])
+
+    def _blocks(self) -> Iterator[MiniBatch]:
+        for number, (found, counts) in enumerate(zip(self._split.ranges, self._counts, strict=True)):
+            if found.object.size:
+                yield from self._blocks_of(number, found, counts)
+
+    def _blocks_of(self, number: int, found: Range, counts: _Counts) -> Iterator[MiniBatch]:
+        one, spec = found.object, self._job.input
+        store = open_store(one.uri, spec.storage_options)
+        with store.open(one.uri, size=one.size, version=one.version) as file:
+            reader = self._format.open_range(file, found, number, spec, self._schema)
+            for block in reader:
+                counts.first = reader.first
+                self._count("read", block.origins)
+                self._show("bytes", reader.bytes_read - counts.bytes_read)
+                counts.bytes_read = reader.bytes_read
+                yield block
+            counts.first, counts.next_start, counts.bytes_read = reader.first, reader.next_start, reader.bytes_read
+
+    def _parse(self, batch: MiniBatch) -> MiniBatch:
+        if not isinstance(batch.records, ByteRecords) or self._schema is None:
+            return batch
+        parsed = self._format.to_table(batch.records, self._schema, self._job.input)
+        for bad in parsed.failures:
+            if bad.is_guess:
+                raise self._wrong_guess(bad, batch.origins.slice(bad.index, bad.index + 1))
+            self._add_bad(batch, bad)
+        origins = batch.origins if not parsed.failures else batch.origins.take(parsed.kept)
+        return MiniBatch(parsed.table, origins)
+
+    def _wrong_guess(self, bad: BadRecord, origins: Origins) -> InputError:
+        return InputError(
+            f"{bad.reason}, the type inferred from the first records",
+            where=self.describe(origins),
+            next=f"state the type: --set input.types.{bad.column}={bad.fitting}",
+        )
+
+    def _add_bad(self, batch: MiniBatch, bad: BadRecord) -> None:
+        reason = "WrongType" if bad.column else "Unparsable"
+        self._limit.found += 1
+        self._keep(batch, bad.index, self._failure(batch, bad.index, READING, reason, bad.reason))
+
+    def _add_failure(self, sent: MiniBatch, failed: FailedRecord) -> None:
+        failure = self._failure(sent, failed.place, failed.stage, failed.why.reason, failed.why.message)
+        self._keep(sent, failed.place, replace(failure, attempts=failed.attempts, location=failed.why.location))
+
+    def _keep(self, batch: MiniBatch, place: int, failure: Failure) -> None:
+        self._quarantine.add(failure, batch, place)
+        self._counts[int(batch.origins.ranges[place])].quarantined += 1
+
+    def _failure(self, batch: MiniBatch, place: int, stage: str, reason: str, message: str) -> Failure:
+        origins, found = batch.origins, self._split.ranges[int(batch.origins.ranges[place])]
+        return Failure(
+            object=clean_uri(found.object.uri),
+            version=found.object.version,
+            range_start=found.start,
+            ordinal=int(origins.ordinals[place]),
+            offset=int(origins.offsets[place]),
+            stage=stage,
+            reason=reason,
+            message=mask(message[:MAX_MESSAGE_CHARACTERS], self._secrets),
+        )
+
+    def _count(self, what: str, origins: Origins) -> None:
+        for number in np.flatnonzero(counted := np.bincount(origins.ranges)):
+            counts = self._counts[number]
+            setattr(counts, what, getattr(counts, what) + int(counted[number]))
+
+    def _show(self, name: str, more: int) -> None:
+        with _moving:
+            _gauge[name] += more
+            self._shown[name] += more

@@ -1,0 +1,194 @@
+"""A stage that is a Python callable: a function, or a class constructed once per worker, on a thread of its own."""
+
+import asyncio
+import difflib
+import functools
+import importlib
+import inspect
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from batchpipe import convert
+from batchpipe.batch import Records
+from batchpipe.errors import JobError, StageStartError
+from batchpipe.stages import Answer, InvocationFailed, Remedy, StageContext
+
+if TYPE_CHECKING:
+    from batchpipe.job import Job, Stage
+
+
+class CallableStage:
+    """An open callable. Entered by one dedicated thread, never twice at once, unless the job says `thread_safe`."""
+
+    def __init__(self, name: str, function: Callable[..., Any], threads: ThreadPoolExecutor, *, may_drop: bool) -> None:
+        self.name = name
+        self.concurrency = threads._max_workers  # the executor has no public word for it
+        self._function = function
+        self._kind = convert.wanted(_annotation(function))
+        self.takes_table = self._kind.is_tabular
+        self._may_drop = may_drop
+        self._threads = threads
+
+    async def invoke(self, records: Records) -> Answer:
+        """Call the function with the records in the shape its annotation asks for."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, records)
+
+    def close(self) -> None:
+        """Give the thread back; a call that is still running keeps it until the call ends."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _call(self, records: Records) -> Answer:
+        count = len(records)
+        try:
+            argument = convert.to_argument(records, self._kind)
+            result = self._function(argument)
+        except Exception as error:  # noqa: BLE001 - the boundary to user code: any exception is the records' failure
+            raise self._failed(error) from None
+        kept = None
+        if self._may_drop:
+            result, kept = self._split_result(result, count)
+        return self._answer(result, count, kept)
+
+    def _split_result(self, result: Any, count: int) -> tuple[Any, Any]:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise self._nonsense(f"may_drop is set, so it must return (result, kept), not {_describe(result)}")
+        kept = np.asarray(result[1])
+        if kept.dtype != np.bool_ or kept.shape != (count,):
+            raise self._nonsense(
+                f"kept must be {count} booleans, one for each record sent, not {kept.dtype} of shape {kept.shape}"
+            )
+        return result[0], kept
+
+    def _answer(self, result: Any, count: int, kept: Any) -> Answer:
+        expected = count if kept is None else int(kept.sum())
+        try:
+            records = convert.from_answer(result)
+        except (TypeError, ValueError) as error:
+            raise self._nonsense(str(error)) from error
+        if len(records) != expected:
+            raise self._wrong_answer(f"answered {len(records):,} records for {expected:,} sent")
+        if kept is None and convert.index_was_reordered(result, count):
+            raise self._wrong_answer("returned a DataFrame whose index is in another order: answers go by place")
+        return Answer(records, kept)
+
+    def _failed(self, error: Exception) -> InvocationFailed:
+        remedy = Remedy.RETRY if getattr(error, "retry", False) is True else Remedy.ISOLATE
+        return InvocationFailed(
+            type(error).__name__,
+            str(error),
+            remedy,
+            location=user_location(error),
+            traceback="".join(traceback.format_exception(error)),
+        )
+
+    def _nonsense(self, message: str) -> InvocationFailed:
+        return InvocationFailed("TypeError", message, Remedy.ISOLATE, location=_defined_at(self._function))
+
+    def _wrong_answer(self, message: str) -> InvocationFailed:
+        return InvocationFailed("WrongAnswer", message, Remedy.ISOLATE, location=_defined_at(self._function))
+
+
+def open_callable(stage: "Stage", job: "Job", context: StageContext) -> CallableStage:  # noqa: ARG001 - open_stage's shape
+    """Import the callable and construct it if it is a class.
+
+    Raises JobError (2) where it cannot be imported and StageStartError (4) where its constructor raises.
+    """
+    assert stage.callable is not None
+    target = import_callable(stage.callable, job.python_path, stage.name)
+    concurrency = stage.max_concurrent_transforms or job.batch.max_concurrent_transforms or 1
+    threads = ThreadPoolExecutor(concurrency if stage.thread_safe else 1, thread_name_prefix=f"stage {stage.name}")
+    try:
+        # Constructed on the thread that will call it: some libraries bind to the thread they start on.
+        function = threads.submit(_construct, target, stage.params).result()
+    except Exception as error:  # noqa: BLE001 - the boundary to user code: a constructor may raise anything
+        threads.shutdown(wait=False)
+        msg = f"stage {stage.name!r} did not start: {type(error).__name__}: {error}"
+        raise StageStartError(msg, where=user_location(error)) from error
+    if not callable(function):
+        threads.shutdown(wait=False)
+        msg = f"stage {stage.name!r} cannot be called: {stage.callable!r} is a {_describe(function)}"
+        raise JobError(msg, where=_defined_at(target))
+    return CallableStage(stage.name, function, threads, may_drop=stage.may_drop)
+
+
+def _construct(target: Any, params: Mapping[str, Any]) -> Any:
+    if inspect.isclass(target):
+        return target(**params)
+    return functools.partial(target, **params) if params else target
+
+
+def import_callable(reference: str, python_path: Sequence[str], stage: str) -> Any:
+    """The object named by ``module:attribute``, found on `python_path` first.
+
+    The folders stay on ``sys.path``: stage code may import its siblings when it is called.
+    Raises JobError that says why it cannot be imported.
+    """
+    for folder in reversed([f for f in python_path if f not in sys.path]):
+        sys.path.insert(0, folder)
+    module_name, _, attribute = reference.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # noqa: BLE001 - the boundary to user code: a module may raise anything
+        msg = f"stage {stage!r}: cannot import {reference!r}: {type(error).__name__}: {error}"
+        where = user_location(error) or f"looked in {', '.join(python_path)} and the installed packages"
+        raise JobError(msg, where=where) from error
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            near = difflib.get_close_matches(name, dir(found), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            msg = f"stage {stage!r}: cannot import {reference!r}: {module_name!r} has no {name!r}{hint}"
+            raise JobError(msg, where=getattr(found, "__file__", None) or "")
+        found = getattr(found, name)
+    return found
+
+
+def user_location(error: BaseException) -> str:
+    """``file.py:41 in Model.__call__``: the deepest frame of the user's own code, empty if there is none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_user_code(frame.filename)]
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    if not frames:
+        return ""
+    return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
+
+
+_OWN_FOLDER = str(Path(__file__).parent.parent)
+_LIBRARY_FOLDERS = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def _is_user_code(filename: str) -> bool:
+    return not filename.startswith((_OWN_FOLDER, "<", *_LIBRARY_FOLDERS))
+
+
+def _annotation(function: Callable[..., Any]) -> Any:
+    """What the first parameter is annotated with; None where it is not."""
+    call = function if inspect.isroutine(function) or isinstance(function, functools.partial) else function.__call__
+    try:
+        parameters = list(inspect.signature(call, eval_str=True).parameters.values())
+    except (NameError, ValueError, TypeError):
+        return None
+    if not parameters or parameters[0].annotation is inspect.Parameter.empty:
+        return None
+    return parameters[0].annotation
+
+
+def _defined_at(target: Any) -> str:
+    """``file.py:12``: where a function or class of the user's is defined."""
+    while isinstance(target, functools.partial):
+        target = target.func
+    known = target if inspect.isroutine(target) or inspect.isclass(target) else type(target)
+    try:
+        return f"{inspect.getsourcefile(known)}:{inspect.getsourcelines(known)[1]}"
+    except (OSError, TypeError):
+        return ""
+
+
+def _describe(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")

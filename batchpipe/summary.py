@@ -1,0 +1,124 @@
+"""A manifest, a plan or an error as the text a person reads. Pure: prints nothing, reads nothing."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from batchpipe.errors import BatchpipeError
+from batchpipe.job import Job
+from batchpipe.manifest import Manifest
+from batchpipe.plan import Plan
+from batchpipe.redact import clean_uri
+
+_UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def format_bytes(size: float) -> str:
+    """``2.9 MB``: in units of 1,024, as the job file counts."""
+    for unit in _UNITS:
+        if size < 1024 or unit == _UNITS[-1]:
+            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def format_seconds(seconds: float) -> str:
+    """``3.4 s``, ``2:05 min`` or ``1:02:05 h``."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 record``, ``2 records``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def short_path(uri: str, folder: Path) -> str:
+    """A local path as seen from a folder where it lies below it; everything else as it is."""
+    try:
+        return str(Path(uri).relative_to(folder)) if "://" not in uri else clean_uri(uri)
+    except ValueError:
+        return uri
+
+
+def summarize(manifest: Manifest, job_file: str, folder: Path, *, was_done: bool = False) -> str:
+    """What a run did, in a dozen lines."""
+    accounts, out = manifest.accounts, short_path(manifest.output, folder)
+    failed = count(accounts.quarantined, "record") + " quarantined" if accounts.quarantined else ""
+    if was_done:
+        head = f"{manifest.name} {manifest.run_id}: done already at {manifest.finished}, nothing to do"
+    else:
+        head = f"{manifest.name} {manifest.run_id}: done in {format_seconds(manifest.seconds)}"
+    lines = [head + (f", {failed}" if failed else "")]
+    rows = [
+        ("read", accounts.read, count(manifest.inputs.rows, "object"), manifest.inputs.bytes, _inputs(manifest, folder)),
+        ("written", accounts.written, count(manifest.parts.rows, "part"), manifest.parts.bytes, out),
+    ]
+    widths = [max(len(f"{row[1]:,}") for row in rows), max(len(row[2]) for row in rows)]
+    for name, records, things, size, where in rows:
+        noun = "record " if records == 1 else "records"
+        sizes = f"{format_bytes(size):>9}"
+        lines.append(f"  {name:<9} {records:>{widths[0]},} {noun}  {things:<{widths[1]}}  {sizes}  {where}")
+    if accounts.quarantined and manifest.failures:
+        first = manifest.failures[0]
+        where = f"{out}/_batchpipe/{manifest.run_id}/quarantine"
+        lines.append(
+            f"  failed    {accounts.quarantined:>{widths[0]},} records  {first['reason']} in {first['stage']}  {where}"
+        )
+    lines.append(
+        f"  accounts  {accounts.read:,} read = {accounts.written:,} written + {accounts.quarantined:,} quarantined"
+        f" + {accounts.dropped:,} dropped"
+    )
+    lines.append(f"  time      {_shares(manifest)}")
+    if accounts.quarantined:
+        lines.append(f"next: batchpipe redrive {job_file}")
+    return "\n".join(lines)
+
+
+def describe_plan(plan: Plan, job: Job, run_id: str) -> str:
+    """What a run would read and how it would be cut."""
+    sizes = "no bytes" if not plan.inputs.bytes else format_bytes(plan.inputs.bytes)
+    in_flight = min(stage.max_payload_bytes(job.batch) for stage in job.stages)
+    records = f", at most {count(job.batch.max_records, 'record')}" if job.batch.max_records else ""
+    return "\n".join(
+        (
+            f"{job.name} {run_id}",
+            f"  input     {count(plan.inputs.count, 'object')}, {sizes} of {job.input.format}",
+            f"  splits    {plan.count:,} of about {format_bytes(plan.split_bytes)}",
+            f"  batches   at most {format_bytes(in_flight)}{records}",
+            f"  chain     {' -> '.join(stage.name for stage in job.stages)}",
+            f"  output    {clean_uri(job.output.uri)} as {job.output.format}, layout {job.output.layout}",
+        )
+    )
+
+
+def _inputs(manifest: Manifest, folder: Path) -> str:
+    written = manifest.job.get("input", {}).get("uri", "")
+    uris = [written] if isinstance(written, str) else list(written)
+    return ", ".join(short_path(str(uri), folder) for uri in uris[:2]) + (", ..." if len(uris) > 2 else "")
+
+
+def _shares(manifest: Manifest) -> str:
+    spent = {name: stage.seconds for name, stage in manifest.stages.items()}
+    spent |= {"read": manifest.read_s, "write": manifest.write_s}
+    total = sum(spent.values()) or 1.0
+    shares = "  ".join(f"{name} {100 * seconds / total:.0f}%" for name, seconds in spent.items())
+    return f"{shares}  ({count(manifest.workers, 'worker')}, {manifest.worker_seconds:.1f} worker-seconds)"
+
+
+def explain(error: BatchpipeError) -> str:
+    """An error as printed on stderr: what, where, the end of a log, what to type next."""
+    lines = [f"error: {error.message}"]
+    for label, text in (("where", error.where), ("log", error.log), ("next", error.next)):
+        if text:
+            indented = text.replace("\n", "\n         ")
+            lines.append(f"  {label + ':':<6} {indented}")
+    return "\n".join(lines)
+
+
+def error_document(error: BatchpipeError) -> Mapping[str, Any]:
+    """An error as the one JSON object of `--json`."""
+    fields = {"error": error.message, "where": error.where, "log": error.log, "next": error.next}
+    return {**{key: value for key, value in fields.items() if value}, "exit_code": error.exit_code}

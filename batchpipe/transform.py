@@ -1,0 +1,237 @@
+"""What a worker does with one split: open it, send its mini-batches through the chain, write one pending piece.
+
+Also `run_chain`, the same chain without Dask or files, and the probe that proves the chain on the first mini-batch.
+"""
+
+import base64
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from batchpipe import __version__
+from batchpipe.batch import MiniBatch, Origins, Records
+from batchpipe.chain import Chain, new_stats, open_chain
+from batchpipe.convert import InputSchema, output_schema
+from batchpipe.errors import BatchpipeError, PoolError, RecordsFailedError, StageStartError
+from batchpipe.formats import FORMATS
+from batchpipe.invoke import FailureLimit, Outcome
+from batchpipe.job import Job
+from batchpipe.manifest import SplitFailed, SplitResult
+from batchpipe.parts import Piece, Place, Quarantine, add_source, open_piece, open_quarantine
+from batchpipe.redact import secrets_of
+from batchpipe.source import Source
+from batchpipe.split import InputObject, Split
+from batchpipe.stages import StageContext
+from batchpipe.storage import ObjectFile, open_store
+
+LEASE_S = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class Schemas:
+    """What the dataset's first mini-batch proved: how input is parsed, and what every answer is cast to."""
+
+    input: InputSchema | None = None
+    output: pa.Schema | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, for the journal."""
+        found = self.input
+        columns = {"stated": sorted(found.stated), "columns": found.columns, "header_of": found.header_of} if found else {}
+        return {"input": _text(found.schema if found else None), **columns, "output": _text(self.output)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        found, output = _schema(data["input"]), _schema(data["output"])
+        if found is None:
+            return cls(None, output)
+        stated, columns = frozenset(data["stated"]), tuple(data["columns"])
+        return cls(InputSchema(found, stated, columns, data["header_of"]), output)
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What every task of a run is told beside its splits. A description: nothing open."""
+
+    job: Job
+    place: Place
+    schemas: Schemas
+    allowed_failures: int | None
+    version: str = __version__
+
+
+_chains: dict[str, Chain] = {}
+_leases: dict[str, float] = {}
+_opening = threading.Lock()
+
+
+def open_worker_chain(job: Job, run_id: str) -> Chain:
+    """The chain of a run in this process, opened by whoever asks first. Raises what opening a stage raises (2, 4)."""
+    with _opening:
+        if run_id not in _chains:
+            _chains[run_id] = open_chain(job, StageContext(run_id, 0, Path(), Path(), secrets_of(job)))
+        return _chains[run_id]
+
+
+def close_worker_chain(run_id: str) -> None:
+    """Close the chain of a run in this process, if it was opened."""
+    with _opening:
+        chain = _chains.pop(run_id, None)
+        _leases.pop(run_id, None)
+    if chain is not None:
+        chain.close()
+
+
+def renew_lease(run_id: str) -> None:
+    """Note on a worker that outlives drivers that this run's driver is alive; without news the chain is closed."""
+    is_new = run_id not in _leases
+    _leases[run_id] = time.monotonic()
+    if is_new:
+        threading.Thread(target=_watch_lease, args=(run_id,), name=f"lease {run_id}", daemon=True).start()
+
+
+def _watch_lease(run_id: str) -> None:
+    while (renewed := _leases.get(run_id)) is not None:
+        left = renewed + LEASE_S - time.monotonic()
+        if left <= 0:
+            close_worker_chain(run_id)
+            return
+        time.sleep(left)
+
+
+def run_splits(splits: tuple[Split, ...], orders: Orders) -> list[SplitResult | SplitFailed]:
+    """Run consecutive splits on this worker's chain; stops at the first that fails or stops itself."""
+    _same_version_or_raise(orders)
+    chain = open_worker_chain(orders.job, orders.place.run_id)
+    outcomes: list[SplitResult | SplitFailed] = []
+    for split in splits:
+        try:
+            result = run_split(chain, split, orders)
+        except BatchpipeError as error:
+            outcomes.append(SplitFailed(split.index, error))
+            break
+        outcomes.append(result)
+        if result.stopped:
+            break
+    return outcomes
+
+
+def run_split(chain: Chain, split: Split, orders: Orders) -> SplitResult:
+    """Stream one split through the chain into one pending piece.
+
+    Raises InputError (3) where it cannot be read, RecordsFailedError (5) where answers do not fit the output,
+    OutputError (7) where the piece cannot be written.
+    """
+    started, stats, limit = time.perf_counter(), new_stats(), FailureLimit(orders.allowed_failures)
+    schemas, write_s = orders.schemas, 0.0
+    with (
+        open_piece(orders.place, split, schemas.output) as piece,
+        open_quarantine(orders.place, split) as quarantine,
+        Source(split, orders.job, schemas.input, quarantine, limit) as source,
+    ):
+        batches = source.batches(as_tables=chain.takes_tables)
+        for sent, outcome in chain.stream(batches, limit, stats):
+            began = time.perf_counter()
+            _write(piece, outcome, sent, source)
+            write_s += time.perf_counter() - began
+            source.settle(sent, outcome)
+        return SplitResult(
+            split=split.index,
+            ranges=source.results(),
+            piece=None if limit.is_spent else piece.finish(),
+            quarantine=quarantine.finish(),
+            failures=tuple(quarantine.first),
+            stopped=limit.is_spent,
+            stages=dict(stats),
+            read_s=source.read_s,
+            write_s=write_s,
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _write(piece: Piece, outcome: Outcome, sent: MiniBatch, source: Source) -> None:
+    if outcome.records is None or not len(outcome.places):
+        return
+    origins = sent.origins.take(outcome.places)
+    try:
+        piece.write(outcome.records, origins)
+    except (TypeError, ValueError) as error:
+        msg = f"an answer does not fit the output: {error}"
+        raise RecordsFailedError(msg, where=f"{source.describe(origins)} and the {len(origins):,} sent with it") from error
+
+
+def probe(splits: tuple[Split, ...], orders: Orders) -> Schemas | None:
+    """Send the first mini-batch of these splits through the chain: what the columns of input and output are.
+
+    None where these splits hold no record. Raises what reading and opening the chain raise, and RecordsFailedError
+    (5) if no record of the mini-batch is answered. Nothing is written.
+    """
+    _same_version_or_raise(orders)
+    job = orders.job
+    found = infer_input(splits, job)
+    chain = open_worker_chain(job, orders.place.run_id)
+    for split in splits:
+        limit, stats = FailureLimit(orders.allowed_failures), new_stats()
+        with Source(split, job, found, Quarantine(orders.place, split), limit) as source:
+            for sent, outcome in chain.stream(islice(source.batches(as_tables=chain.takes_tables), 1), limit, stats):
+                output = _output_schema(job, outcome, sent, split)
+                return Schemas(found, output)
+    return None
+
+
+def infer_input(splits: Iterable[Split], job: Job) -> InputSchema | None:
+    """The columns of the dataset by its first objects; None for a format without columns."""
+    spec = job.input
+
+    def samples() -> Iterator[tuple[InputObject, ObjectFile]]:
+        for one in (found.object for split in splits for found in split.ranges if found.is_first):
+            if one.size:
+                with open_store(one.uri, spec.storage_options).open(one.uri, size=one.size, version=one.version) as file:
+                    yield one, file
+
+    return FORMATS[spec.format].infer_schema(samples(), spec)
+
+
+def run_chain(job: Job, table: Records) -> Outcome:
+    """Send records through the stages of a job, here and now, without Dask or files: for tests of stages and for `check`.
+
+    Raises StageStartError or JobError where a stage cannot be opened; records that fail are in the outcome.
+    """
+    batch = MiniBatch(table, Origins.of_range(0, 0, np.full(len(table), -1, np.int64)))
+    with open_chain(job, StageContext("", 0, Path(), Path(), secrets_of(job))) as chain:
+        return next(outcome for _, outcome in chain.stream([batch], FailureLimit(None), new_stats()))
+
+
+def _output_schema(job: Job, outcome: Outcome, sent: MiniBatch, split: Split) -> pa.Schema | None:
+    """What every answer is cast to: as stated, the rest as the first mini-batch's answer has it."""
+    records = outcome.records
+    if job.output.format == "raw":
+        return None
+    if not isinstance(records, pa.Table):
+        msg = f"the last stage answers bytes, which output.format {job.output.format} cannot hold"
+        raise StageStartError(msg, next="set output.format: raw, or answer records")
+    if job.output.add_source:
+        records = add_source(records, sent.origins.take(outcome.places), split)
+    return output_schema(records.schema, job.output.columns)
+
+
+def _same_version_or_raise(orders: Orders) -> None:
+    if orders.version != __version__:
+        msg = f"a worker runs batchpipe {__version__}, the driver {orders.version}"
+        raise PoolError(msg, next=f"install batchpipe {orders.version} where the workers run")
+
+
+def _text(schema: pa.Schema | None) -> str | None:
+    return None if schema is None else base64.b64encode(schema.serialize()).decode()
+
+
+def _schema(text: str | None) -> pa.Schema | None:
+    return None if text is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))

@@ -1,0 +1,78 @@
+"""What a local pool starts as `python -m batchpipe.worker FOLDER NUMBER`: one Dask worker with the run's chain.
+
+It imports and opens the chain at once, while the driver still lists inputs and starts its scheduler, and then waits
+for the folder to say where the scheduler is.
+"""
+
+import asyncio
+import json
+import pickle
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from batchpipe.processes import SPLITS_AT_A_TIME
+
+WAIT_S = 600.0
+
+
+def main() -> None:
+    """Join the cluster that FOLDER names and work until the scheduler goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    folder, number = Path(sys.argv[1]), sys.argv[2]
+    import distributed  # noqa: F401 - the slowest import first, so that the thread below does not contend for it
+
+    threading.Thread(target=_open_chain, args=(folder,), name="open chain", daemon=True).start()
+    cluster = json.loads(_wait_for(folder / "cluster.json"))
+    asyncio.run(_work(cluster["address"], cluster["security"], folder, number))
+
+
+def _open_chain(folder: Path) -> None:
+    from batchpipe.errors import BatchpipeError
+    from batchpipe.transform import open_worker_chain
+
+    try:
+        open_worker_chain(*pickle.loads(_wait_for(folder / "chain.pickle")))  # noqa: S301 - written by our own driver
+    except BatchpipeError:
+        return  # the first task opens it again and brings the error to the driver
+
+
+async def _work(address: str, security: dict[str, str], folder: Path, number: str) -> None:
+    import dask
+    from distributed import Security, Worker
+
+    settings = {
+        "distributed.worker.http.routes": [],
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.worker.memory.terminate": False,
+    }
+    with dask.config.set(settings):
+        worker = Worker(
+            address,
+            nthreads=SPLITS_AT_A_TIME,
+            name=number,
+            host="127.0.0.1",
+            security=Security(require_encryption=True, **security),
+            local_directory=str(folder),
+            memory_limit=0,
+            dashboard=False,
+        )
+        async with worker:
+            await worker.finished()
+
+
+def _wait_for(path: Path) -> bytes:
+    deadline = time.monotonic() + WAIT_S
+    while not path.exists():
+        if time.monotonic() > deadline or not path.parent.exists():
+            sys.exit(f"the driver never wrote {path.name}")
+        time.sleep(0.005)
+    return path.read_bytes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The journal: what was flushed is replayed in order, and a late writer of an older epoch is not believed."""
+
+import pytest
+
+from batchpipe.errors import OutputError
+from batchpipe.journal import Journal, open_journal, read_journal
+from batchpipe.storage import Store, open_store
+
+
+@pytest.fixture
+def store() -> Store:
+    return open_store("/")
+
+
+def numbers(entries) -> list[int]:
+    return [entry["n"] for entry in entries if entry["type"] == "split"]
+
+
+def test_a_new_start_replays_what_earlier_ones_flushed(tmp_path, store):
+    for start in range(3):
+        journal = open_journal(store, str(tmp_path))
+        assert numbers(journal.replay()) == list(range(2 * start))
+        journal.append("split", n=2 * start)
+        journal.flush()
+        journal.append("split", n=2 * start + 1)
+        journal.flush()
+
+    assert numbers(read_journal(store, str(tmp_path))) == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_was_not_flushed_is_not_there(tmp_path, store):
+    journal = open_journal(store, str(tmp_path))
+    journal.append("split", n=1)
+
+    assert numbers(read_journal(store, str(tmp_path))) == []
+
+
+def test_a_late_writer_of_an_older_epoch_is_not_believed(tmp_path, store):
+    late = open_journal(store, str(tmp_path))
+    late.append("split", n=1)
+    late.flush()
+    current = open_journal(store, str(tmp_path))
+    late.append("split", n=2)
+    late.flush()
+    current.append("split", n=3)
+    current.flush()
+
+    assert numbers(read_journal(store, str(tmp_path))) == [1, 3]
+    assert numbers(open_journal(store, str(tmp_path)).replay()) == [1, 3]
+
+
+def test_two_starts_cannot_share_an_epoch(tmp_path, store):
+    first = open_journal(store, str(tmp_path))
+    second = Journal(store, str(tmp_path), first.epoch, {})
+    second.append("split", n=1)
+
+    with pytest.raises(OutputError, match="the lock was lost: another start of this run has written"):
+        second.flush()
+
+
+def test_a_folder_without_a_journal_has_no_entries(tmp_path, store):
+    assert list(read_journal(store, str(tmp_path / "none"))) == []

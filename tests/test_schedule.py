@@ -1,0 +1,121 @@
+"""The schedule: every split settles exactly once, wrong guesses run again, lost and journaled splits are respected."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchpipe.errors import InputError
+from batchpipe.manifest import Accounts, RangeResult, SplitFailed, SplitResult
+from batchpipe.schedule import Schedule
+from batchpipe.split import InputObject, Range, Split
+
+STEP = 10
+OBJECT = InputObject(0, "a.csv", 1000, "v")
+
+
+def make_splits(count: int) -> list[Split]:
+    """Consecutive ranges of one object."""
+    return [Split(i, (Range(OBJECT, i * STEP, (i + 1) * STEP),)) for i in range(count)]
+
+
+class World:
+    """Records that begin at `starts`; a reader that guesses wrongly where told to."""
+
+    def __init__(self, starts: list[int], end: int, wrong: set[int]) -> None:
+        self.starts, self.end, self.wrong = sorted(starts), end, wrong
+
+    def next_record(self, offset: int) -> int:
+        return next((start for start in self.starts if start >= offset), self.end)
+
+    def run(self, split: Split) -> SplitResult | SplitFailed:
+        found = split.ranges[0]
+        first = found.start if found.exact else self.next_record(found.start)
+        if split.index in self.wrong and not (found.exact or found.is_first):
+            if split.index % 2:
+                return SplitFailed(split.index, InputError("a quote in an unquoted field"))
+            first += 1
+        read = sum(first <= start < found.stop for start in self.starts)
+        end = max(self.next_record(found.stop), first)
+        part = RangeResult(0, found.start, first, end, 1, Accounts(read=read, written=read))
+        return SplitResult(split.index, (part,), None)
+
+
+def drive(schedule: Schedule, world: World, choice: random.Random, lose: float = 0.0) -> list[SplitResult]:
+    """Run tasks in a random order, losing some, until nothing is left."""
+    settled, running = [], []
+    while True:
+        while len(running) < 4 and (task := schedule.take(4)):
+            running.append(task)
+        if not running:
+            return settled
+        task = running.pop(choice.randrange(len(running)))
+        if choice.random() < lose:
+            schedule.give_back(task)
+            continue
+        outcomes = []
+        for split in task:
+            outcomes.append(world.run(split))
+            if isinstance(outcomes[-1], SplitFailed):
+                break
+        settled += schedule.settle(task, outcomes)
+
+
+worlds = st.tuples(st.integers(1, 30), st.sets(st.integers(1, 299)), st.sets(st.integers(1, 29)), st.integers())
+
+
+@given(worlds)
+def test_every_record_is_read_by_exactly_one_settled_split(world):
+    count, starts, wrong, seed = world
+    starts = [0, *(start for start in starts if start < count * STEP)]
+
+    schedule = Schedule(make_splits(count), count)
+    settled = drive(schedule, World(starts, count * STEP, wrong), random.Random(seed), lose=0.2)
+
+    assert sorted(result.split for result in settled) == list(range(count))
+    assert schedule.is_done
+    assert schedule.tally.accounts == Accounts(read=len(starts), written=len(starts))
+
+
+@given(worlds, st.integers(0, 30))
+def test_a_resumed_schedule_runs_only_what_was_not_journaled(world, cut):
+    count, starts, wrong, seed = world
+    starts = [0, *(start for start in starts if start < count * STEP)]
+    reality = World(starts, count * STEP, wrong)
+    journaled = drive(Schedule(make_splits(count), count), reality, random.Random(seed))[:cut]
+
+    schedule = Schedule(make_splits(count), count, journaled)
+    again = drive(schedule, reality, random.Random(seed))
+
+    assert {result.split for result in again}.isdisjoint(result.split for result in journaled)
+    assert schedule.tally.accounts == Accounts(read=len(starts), written=len(starts))
+
+
+def test_an_error_counts_only_when_the_split_is_proved_to_begin_at_a_record():
+    schedule = Schedule(make_splits(2), 2)
+    first, second = schedule.take(1), schedule.take(1)
+    failed = SplitFailed(1, InputError("a quote in an unquoted field"))
+
+    assert list(schedule.settle(second, [failed])) == []
+    world = World([0, 15], 20, set())
+    assert [result.split for result in schedule.settle(first, [world.run(first[0])])] == [0]
+    (again,) = schedule.take(1)
+
+    assert (again.ranges[0].start, again.ranges[0].exact) == (15, True)
+    with pytest.raises(InputError, match="a quote in an unquoted field"):
+        list(schedule.settle((again,), [failed]))
+
+
+def test_splits_travel_together_when_they_are_short_and_alone_near_the_end():
+    schedule = Schedule(make_splits(1000), 1000)
+    world = World([0], 10_000, set())
+    for _ in range(5):
+        task = schedule.take(2)
+        list(schedule.settle(task, [world.run(split) for split in task]))
+
+    assert len(schedule.take(2)) > 5
+    while task := schedule.take(2):
+        last = task
+        list(schedule.settle(task, [world.run(split) for split in task]))
+    assert len(last) == 1
