@@ -1,7 +1,9 @@
 """URIs, the wildcards in them, and which names are data. Pure: no I/O."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Self
 
@@ -70,7 +72,8 @@ class Pattern:
     @classmethod
     def of(cls, uri: str) -> Self:
         """Split a URI that has wildcards; InputError where ``**`` does not stand alone."""
-        parts = uri.split("/")
+        scheme, _, path = uri.rpartition("://")
+        parts = path.split("/")
         first = next(i for i, part in enumerate(parts) if has_wildcard(part))
         for part in parts[first:]:
             if "**" in part and part != "**":
@@ -78,7 +81,8 @@ class Pattern:
                     f"cannot read {clean(uri)!r}: '**' must stand alone between slashes",
                     next=f"write {part.replace('**', '*')!r} for one level, or '**/{part.replace('**', '*')}' for all",
                 )
-        return cls("/".join(parts[:first]), tuple(parts[first:]))
+        folder = "/".join(parts[:first])
+        return cls(f"{scheme}://{folder}" if scheme else folder or "/", tuple(parts[first:]))
 
     @property
     def literal_start(self) -> str:
@@ -92,41 +96,21 @@ class Pattern:
 
     def matches(self, path: str) -> bool:
         """Whether a path relative to the folder matches as a whole."""
-        return bool(re.fullmatch(_regex_of(self.components), path, re.DOTALL))
+        return _matches(path.split("/"), self.components)
 
     def may_enter(self, path: str) -> bool:
         """Whether a match may lie in this folder, relative to the pattern's: lets a local walk do less."""
-        fixed = next((i for i, part in enumerate(self.components) if part == "**"), len(self.components))
         names = path.split("/")
-        if fixed == len(self.components) and len(names) >= fixed:
+        until = self.components.index("**") if "**" in self.components else len(self.components)
+        if until == len(self.components) and len(names) >= until:
             return False
-        return all(
-            re.fullmatch(_component_regex(part), name, re.DOTALL)
-            for part, name in zip(self.components[:fixed], names, strict=False)
-        )
+        return all(map(fnmatchcase, names, self.components[:until]))
 
 
-def _regex_of(components: tuple[str, ...]) -> str:
+def _matches(names: Sequence[str], components: Sequence[str]) -> bool:
     """``a/**/b`` also matches ``a/b``; a last ``**`` is everything below."""
-    regex = ""
-    for i, part in enumerate(components):
-        is_last = i == len(components) - 1
-        if part == "**":
-            regex += ".+" if is_last else "(?:.*/)?"
-        else:
-            regex += _component_regex(part) + ("" if is_last else "/")
-    return regex
-
-
-def _component_regex(component: str) -> str:
-    regex, rest = "", component
-    while rest:
-        one = re.match(r"\[(!?)(\]?[^\]]*)\]", rest)
-        if one:
-            members = re.sub(r"([\\^\[&~|])", r"\\\1", one[2])
-            regex += f"(?!/)[{'^' if one[1] else ''}{members}]" if members else re.escape(one[0])
-            rest = rest[one.end() :]
-        else:
-            regex += {"*": "[^/]*", "?": "[^/]"}.get(rest[0], re.escape(rest[0]))
-            rest = rest[1:]
-    return regex
+    if not components or not names:
+        return not components and not names
+    if components[0] == "**":
+        return len(components) == 1 or any(_matches(names[i:], components[1:]) for i in range(len(names)))
+    return fnmatchcase(names[0], components[0]) and _matches(names[1:], components[1:])

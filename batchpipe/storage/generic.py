@@ -53,16 +53,17 @@ class GenericStore:
     def __init__(self, kind: str, options: dict[str, Any]) -> None:
         try:
             self._filesystem = fsspec.filesystem(kind, use_listings_cache=False, **options)
-        except (ImportError, ValueError) as exc:
+        except (ImportError, TypeError, ValueError) as exc:
             raise JobError(
-                f"no store is known for '{kind}://': {exc}", next="check the URI, or install what it needs"
+                f"cannot open a store for '{kind}://': {exc}",
+                next=f"check the URI and storage_options.{kind}, or install what it needs",
             ) from exc
 
     def find(self, uri: str) -> Iterator[Found]:
         place = resolve(uri)
         if has_wildcard(place):
             pattern = Pattern.of(place)
-            listing = self._list(pattern.folder + ("//" if pattern.folder.endswith(":/") else ""))
+            listing = self._list(pattern.folder)
             yield from sorted_by_uri(found for name, found in listing if is_data(name) and pattern.matches(name))
         elif self.exists(place):
             yield self.stat(place)
@@ -86,8 +87,7 @@ class GenericStore:
     def open(self, uri: str, *, size: int, version: str, stop: int = WHOLE) -> ObjectFile:  # noqa: ARG002 - part of Store
         with explained(READING, uri):
             raw = _GenericFile(self, uri, Found(resolve(uri), size, version))
-            raw.check_unchanged()
-            return ObjectFile(raw, io.DEFAULT_BUFFER_SIZE)
+            return ObjectFile.checked(raw, io.DEFAULT_BUFFER_SIZE)
 
     def open_path(self, uri: str, mode: str) -> Any:
         """The open file of fsspec."""

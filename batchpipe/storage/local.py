@@ -44,7 +44,7 @@ class LocalStore:
         with explained(LISTING, path):
             if has_wildcard(path):
                 pattern = Pattern.of(path)
-                folder = Path(pattern.folder or "/")
+                folder = Path(pattern.folder)
                 names = (
                     walk_files(folder, lambda name: is_data(name) and pattern.may_enter(name))
                     if folder.is_dir()
@@ -75,9 +75,7 @@ class LocalStore:
     def open(self, uri: str, *, size: int, version: str, stop: int = WHOLE) -> ObjectFile:  # noqa: ARG002 - the system reads ahead itself
         path = resolve(uri)
         with explained(READING, path):
-            file = ObjectFile(_VersionedFile(path, size, version), BUFFER_BYTES)
-            file.check_unchanged()
-            return file
+            return ObjectFile.checked(_VersionedFile(path, size, version), BUFFER_BYTES)
 
     def read(self, uri: str) -> bytes:
         return self.read_with_version(uri)[0]
@@ -100,8 +98,7 @@ class LocalStore:
         """Compares and renames under a lock on the folder, so of two that replace the same version one is refused."""
         path = Path(resolve(uri))
         with explained(WRITING, str(path)), _locked_folder(path.parent):
-            current = str(path.stat().st_mtime_ns) if path.exists() else ""
-            if current != version:
+            if not path.exists() or str(path.stat().st_mtime_ns) != version:
                 raise StaleError(f"cannot replace {str(path)!r}: it was changed by somebody else")
             temporary = write_beside(path, data)
             # Two writes within one tick of the clock would share their mtime, and then the version tells nothing.

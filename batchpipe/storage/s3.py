@@ -150,7 +150,9 @@ class S3Store:
         bucket, prefix = split_uri(join(resolve(folder), ""))
         markers: dict[str, str] = {}
         while True:
-            page = self._client.call(LISTING, "list_multipart_uploads", folder, Prefix=prefix, **markers)
+            page = self._client.call(
+                LISTING, "list_multipart_uploads", folder, Prefix=prefix, MaxUploads=PAGE, **markers
+            )
             for upload in page.get("Uploads", []):
                 yield Pending(f"s3://{bucket}/{upload['Key']}", attempt="", upload_id=upload["UploadId"])
             before = markers
@@ -184,7 +186,7 @@ class S3Store:
         bucket, prefix = split_uri(join(folder, ""))
         more = {"Delimiter": "/"} if is_one_level else {}
         while True:
-            page = self._client.call(LISTING, "list_objects_v2", folder, Prefix=prefix + start, **more)
+            page = self._client.call(LISTING, "list_objects_v2", folder, Prefix=prefix + start, MaxKeys=PAGE, **more)
             for entry in page.get("Contents", []):
                 key = entry["Key"]
                 if not key.endswith("/"):

@@ -6,26 +6,26 @@ random pause, some ten seconds in all); what a retry cannot change (credentials,
 """
 
 import asyncio
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import aiohttp
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    ConnectionError,
-    EndpointConnectionError,
     HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
     ProfileNotFound,
     ResponseStreamingError,
 )
+from botocore.exceptions import ConnectionError as NoConnectionError
 from s3fs import S3FileSystem
 
-from batchpipe.errors import BatchpipeError, InputError
+from batchpipe.errors import BatchpipeError, InputError, JobError
 from batchpipe.storage.address import clean
-from batchpipe.storage.explain import LISTING, READING, Doing
+from batchpipe.storage.explain import READING, Doing
 from batchpipe.storage.store import ObjectMissingError, PendingLostError, StaleError
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ DEFAULT_CONFIG = {
 }
 BODY_ATTEMPTS = 5
 """A body that breaks off while it is read is asked for again this often."""
+
+CONFLICT_PAUSES_S = (0.1, 0.3, 1.0)
 
 BODY_ERRORS = (aiohttp.ClientError, HTTPClientError, ResponseStreamingError, asyncio.TimeoutError, OSError)
 
@@ -77,7 +79,8 @@ class S3Client:
     def __init__(self, options: dict[str, Any]) -> None:
         config = {**DEFAULT_CONFIG, **options.get("config_kwargs", {})}
         # A second layer of retries, s3fs's own, would make minutes of the seconds above: it is one attempt.
-        self._filesystem = S3FileSystem(**{**options, "config_kwargs": config}, skip_instance_cache=True)
+        with _understood():
+            self._filesystem = S3FileSystem(**{**options, "config_kwargs": config}, skip_instance_cache=True)
         self._filesystem.retries = 1
 
     def call(self, doing: Doing, method: str, uri: str, **parameters: Any) -> dict[str, Any]:
@@ -89,13 +92,25 @@ class S3Client:
         if not method.startswith("list_") and method != "delete_objects":
             parameters["Key"] = key
         try:
-            answer: dict[str, Any] = await self._filesystem._call_s3(method, Bucket=bucket, **parameters)
+            with _understood():
+                await self._filesystem.set_session()
+            return await self._call_until_settled(method, Bucket=bucket, **parameters)
         except (OSError, BotoCoreError) as exc:
             if code_of(exc) == "403" and method.startswith("head_"):
                 # The answer to a HEAD has no body, so no reason in it. A listing of nothing much tells.
                 await self.call_async(doing, "list_objects_v2", uri, Prefix=key, MaxKeys=1)
             raise _explain(exc, doing, uri) from exc
-        return answer
+
+    async def _call_until_settled(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Again while the store says that another writer of the same key is just being served."""
+        for pause_s in CONFLICT_PAUSES_S:
+            try:
+                return cast("dict[str, Any]", await self._filesystem._call_s3(method, **parameters))
+            except OSError as exc:
+                if code_of(exc) != "ConditionalRequestConflict":
+                    raise
+                await asyncio.sleep(pause_s)
+        return cast("dict[str, Any]", await self._filesystem._call_s3(method, **parameters))
 
     async def read_async(self, uri: str, **parameters: Any) -> tuple[bytes, dict[str, Any]]:
         """An object's bytes (or the ``Range`` of them) and the answer that carried them."""
@@ -122,6 +137,18 @@ class S3Client:
         except BaseException:
             future.cancel()
             raise
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """What s3fs and botocore do not understand of the storage options is the job's fault."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as exc:
+        raise JobError(
+            f"storage_options.s3 is not understood: {clean(str(exc))}",
+            next="see the parameters of s3fs.S3FileSystem; what it hands on to botocore stands under client_kwargs",
+        ) from exc
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -162,12 +189,9 @@ def _explain_transport(error: Exception, code: str) -> tuple[str, str]:
         )
     if isinstance(error, ProfileNotFound):
         return str(error), "check storage_options.s3: profile, and ~/.aws/config"
-    if isinstance(error, (EndpointConnectionError, ConnectionError, HTTPClientError)):
+    if isinstance(error, (NoConnectionError, HTTPClientError)):
         endpoint = clean(str(error.kwargs.get("endpoint_url", "the store")))
         return f"no answer from {endpoint} ({type(error).__name__})", (
             "check the network, and the endpoint in storage_options.s3: client_kwargs.endpoint_url"
         )
     return f"{clean(str(error))[:300] or type(error).__name__}{f' ({code})' if code else ''}", ""
-
-
-__all__ = ["LISTING", "S3Client", "code_of", "split_uri"]

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from batchpipe.errors import InputError
 from batchpipe.storage.address import clean
+from batchpipe.storage.explain import READING
 from batchpipe.storage.s3_client import S3Client
 from batchpipe.storage.store import ObjectMissingError, StaleError, VersionedRaw
 
@@ -27,7 +28,15 @@ class S3RangeReader(VersionedRaw):
         self._position = 0
         self._block, self._block_start = b"", 0
         self._block_bytes = FIRST_BYTES
+        self._is_proved = False
         self._next: tuple[int, Future[bytes]] | None = None
+
+    def check_unchanged(self) -> None:
+        """Each range was asked for at its version; an object of which nothing was read is looked at."""
+        if not self._is_proved:
+            there = self._client.call(READING, "head_object", self._uri)
+            if there["ETag"].strip('"') != self._version:
+                raise _changed(self._uri)
 
     def readable(self) -> bool:
         return True
@@ -89,6 +98,7 @@ class S3RangeReader(VersionedRaw):
             raise _changed(self._uri) from exc
         if answer["ETag"].strip('"') != self._version or len(data) != stop - start:
             raise _changed(self._uri)
+        self._is_proved = True
         return data
 
     def _drop_next(self) -> None:

@@ -53,6 +53,16 @@ class ObjectFile(io.BufferedReader):
         super().__init__(raw, buffer_size)
         self._versioned = raw
 
+    @classmethod
+    def checked(cls, raw: VersionedRaw, buffer_size: int) -> Self:
+        """Open it if it is still what was listed, else close it and raise."""
+        try:
+            raw.check_unchanged()
+        except BaseException:
+            raw.close()
+            raise
+        return cls(raw, buffer_size)
+
     def check_unchanged(self) -> None:
         """Raise InputError (exit 3) when the object is not what was listed any more."""
         self._versioned.check_unchanged()
