@@ -18,7 +18,7 @@ from batchpipe.redact import SECRET_KEYS, clean_document, clean_uri
 from batchpipe.specs.compute import ClusterByAddress, ClusterByClass, ComputeSpec, WorkerRange
 from batchpipe.specs.input import InputSpec
 from batchpipe.specs.output import OutputSpec
-from batchpipe.specs.spec import AnyText, Natural, Positive, Spec, StorageOptions, Text, refuse
+from batchpipe.specs.spec import AnyText, Natural, Positive, Spec, StorageOptions, Text, expect, refuse
 from batchpipe.specs.stage import BatchSpec, ContainerSpec, EndpointSpec, ProcessSpec, StageSpec, stage_names
 
 __all__ = [
@@ -52,13 +52,13 @@ def is_uri(path: str) -> bool:
 
 def _check_job_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,62}", name):
-        raise refuse("", f"expected up to 63 letters, digits, '.', '-' and '_', got {name!r}")
+        raise expect("up to 63 letters, digits, '.', '-' and '_'")
     return name
 
 
 def _check_json_path(path: str) -> str:
     if not path.startswith("$"):
-        raise refuse("", f"expected a JSONPath that begins with $, got {path!r}")
+        raise expect("a JSONPath that begins with $")
     return path
 
 

@@ -38,6 +38,8 @@ def load_job(
     Without a *run_id* every `${run_id}` stays in the job as it is, to be filled by `fill_run_id`: the default run id
     is made from the job's fingerprint, and that from the job with the variable still in it.
     """
+    if "run_id" in (vars or {}):
+        raise JobError("--var run_id: the run id is given by --run-id")
     file = os.fspath(path)
     problems = Problems(file)
     try:

@@ -21,6 +21,9 @@ Place = tuple[str | int, ...]
 MAX_VALUES = 100_000
 """Bounds what aliases of aliases may expand to."""
 
+MAX_DEPTH = 64
+"""Far deeper than any job file, far above where JSON or the stack give up."""
+
 _INT = re.compile(r"[-+]?[0-9]{1,1000}|0o[0-7]{1,1000}|0x[0-9a-fA-F]{1,1000}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _WORDS = {
@@ -40,7 +43,8 @@ _ADVICE = [
     (r"could not find expected ':'", "expected 'key: value'"),
     (r"parsing a block.*found '<scalar>'", "text follows a closing quote or bracket: quote the whole value"),
     (r"parsing a block", "the line is indented wrongly"),
-    (r"scanning a quoted scalar", "a quote is not closed, or its escape is not one of YAML's"),
+    (r"double-quoted scalar", "in \"double quotes\" a \\ begins an escape, and this is none; use 'single quotes'"),
+    (r"scanning a quoted scalar", "a quote is not closed"),
     (r"single document", "a job file holds one YAML document; this begins a second"),
 ]
 
@@ -149,6 +153,8 @@ class _Walk:
         if node in self.open_nodes:
             self._problem(place, "an alias makes this value contain itself")
             return None
+        if len(self.open_nodes) > MAX_DEPTH:
+            raise YamlTextError("nested too deeply", node.start_mark.line + 1)
         self.open_nodes.append(node)
         try:
             if isinstance(node, MappingNode):
@@ -173,10 +179,11 @@ class _Walk:
         pairs: dict[str, Node] = {}
         merged: list[Node] = []
         for key_node, value in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, ScalarNode):
                 self._problem(place, "a key must be text, and here is a list or mapping")
-            elif key == "<<" and key_node.tag == "unquoted":
+                continue
+            key, line = _join_surrogates(key_node.value), key_node.start_mark.line + 1
+            if key == "<<" and key_node.tag == "unquoted":
                 merged += value.value if isinstance(value, SequenceNode) else [value]
             elif key in pairs:
                 self._problem((*place, key), f"stated twice, also on line {line}")

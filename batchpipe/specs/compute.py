@@ -11,7 +11,7 @@ from batchpipe.specs.spec import Count, Natural, Spec, Text, expect, refuse
 
 def _check_class(path: str) -> str:
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*[.:][^\W\d]\w*", path):
-        raise refuse("", f"expected 'module.ClassName', got {path!r}")
+        raise expect("'module.ClassName'")
     return path
 
 

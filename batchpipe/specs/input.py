@@ -28,7 +28,7 @@ def _check_header(header: Any) -> Any:
 
 def _check_one_character(text: str) -> str:
     if len(text) > 1 or text in "\r\n" or not text.isascii():
-        raise refuse("", f"expected one ASCII character, got {text!r}")
+        raise expect("one ASCII character")
     return text
 
 
@@ -38,7 +38,7 @@ def _check_encoding(encoding: str) -> str:
     except LookupError:
         raise refuse("", f"unknown encoding {encoding!r}") from None
     if newline != b"\n":
-        raise refuse("", f"must be one in which a newline is one byte, such as utf-8 or latin-1, got {encoding!r}")
+        raise expect("an encoding in which a newline is one byte, such as utf-8 or latin-1")
     return encoding
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
-from batchpipe.redact import clean_document
+from batchpipe.redact import clean_document, clean_uri
 
 MB = 1_048_576
 """Bytes of one MB, in every key that ends in `_mb`."""
@@ -18,7 +18,7 @@ MB = 1_048_576
 
 def refuse(key: str, text: str) -> PydanticCustomError:
     """Return the error *text* for *key* of the block being checked (dotted; "" is the block or value itself)."""
-    return PydanticCustomError("refused", "{text}", {"key": key, "text": text})
+    return PydanticCustomError("refused", "{text}", {"key": key, "text": clean_uri(text)})
 
 
 def expect(text: str) -> PydanticCustomError:

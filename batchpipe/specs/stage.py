@@ -6,7 +6,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from batchpipe.specs.spec import MB, AnyText, Count, Flag, Natural, Positive, Spec, StorageOptions, Text, Texts, refuse
+from batchpipe.specs.spec import (
+    MB,
+    AnyText,
+    Count,
+    Flag,
+    Natural,
+    Positive,
+    Spec,
+    StorageOptions,
+    Text,
+    Texts,
+    expect,
+    refuse,
+)
 
 StageKind = Literal["callable", "container", "process", "endpoint"]
 STAGE_KINDS: tuple[StageKind, ...] = ("callable", "container", "process", "endpoint")
@@ -20,19 +33,19 @@ _HTTP_ONLY = ("content_type", "accept", "request_key", "answer_key", "header", "
 def _check_name(name: str) -> str:
     # Names stand in dotted paths (no dots), beside indices (not only digits), in file names and container names.
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,62}", name):
-        raise refuse("", f"expected up to 63 letters, digits, - and _ that begin with a letter, got {name!r}")
+        raise expect("up to 63 letters, digits, - and _ that begin with a letter")
     return name
 
 
 def _check_callable(path: str) -> str:
     if not all(part.isidentifier() for part in re.split(r"[.:]", path)) or path.count(":") != 1:
-        raise refuse("", f"expected 'module:attribute', got {path!r}")
+        raise expect("'module:attribute'")
     return path
 
 
 def _check_content_type(content_type: str) -> str:
     if not re.fullmatch(r"[\w.+-]+/[\w.+-]+( *; *[\w.-]+=[^;\r\n]+)*", content_type):
-        raise refuse("", f"expected a content type such as text/csv or application/json, got {content_type!r}")
+        raise expect("a content type such as text/csv or application/json")
     return content_type
 
 
