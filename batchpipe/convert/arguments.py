@@ -1,0 +1,141 @@
+"""Records as what a callable's annotation asks for. Pandas is imported only where a DataFrame is asked for. Pure.
+
+The dtype of a column is a function of the schema, never of the batch: integers and booleans that may be null are
+pandas' nullable ones, whether a null is there or not.
+"""
+
+import enum
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from batchpipe.batch import ByteRecords, Records
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Kind(enum.Enum):
+    """The shapes in which a callable can take its records; the values are what people write."""
+
+    UNSTATED = "no annotation"
+    DATAFRAME = "pandas.DataFrame"
+    TABLE = "pyarrow.Table"
+    ARRAYS = "dict[str, numpy.ndarray]"
+    DICTS = "list[dict]"
+    BODY = "bytes"
+    LIST = "list[bytes]"
+
+    @property
+    def is_tabular(self) -> bool:
+        """Whether records that can be parsed must be parsed for it. Unstated means a DataFrame of what has columns."""
+        return self not in (Kind.BODY, Kind.LIST)
+
+
+def wanted(annotation: Any) -> Kind:
+    """Return the kind that an annotation asks for; None means that there is none.
+
+    Raises TypeError for an annotation that is none of ours; the caller names the stage.
+    """
+    if annotation is None or annotation is Any:
+        return Kind.UNSTATED
+    found = _kind_of_text(annotation) if isinstance(annotation, str) else _kind_of_type(annotation)
+    if found is None:
+        kinds = ", ".join(kind.value for kind in Kind if kind is not Kind.UNSTATED)
+        shown = annotation if isinstance(annotation, str) else getattr(annotation, "__qualname__", None)
+        shown = str(annotation) if typing.get_origin(annotation) else shown or str(annotation)
+        raise TypeError(f"asks for {shown}, which records cannot be given as; they can as {kinds}")
+    return found
+
+
+def _kind_of_type(annotation: Any) -> Kind | None:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    # By name, so that pandas is not imported to be told from something else.
+    name = f"{getattr(annotation, '__module__', '')}.{getattr(annotation, '__qualname__', '')}"
+    if name.startswith("pandas.") and name.endswith(".DataFrame"):
+        return Kind.DATAFRAME
+    if annotation is pa.Table:
+        return Kind.TABLE
+    if annotation is bytes:
+        return Kind.BODY
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and inner[0] is str:
+        return Kind.ARRAYS if inner[1] is np.ndarray or typing.get_origin(inner[1]) is np.ndarray else None
+    if origin is list or (isinstance(origin, type) and origin.__name__ == "Sequence"):
+        if inner[0] is bytes:
+            return Kind.LIST
+        if inner[0] is dict or typing.get_origin(inner[0]) is dict:
+            return Kind.DICTS
+    return None
+
+
+def _kind_of_text(annotation: str) -> Kind | None:
+    text = annotation.replace(" ", "").replace("typing.", "")
+    if text.rpartition(".")[2] == "DataFrame":
+        return Kind.DATAFRAME
+    if text in ("pa.Table", "pyarrow.Table"):
+        return Kind.TABLE
+    if text.lower().startswith("list[dict"):
+        return Kind.DICTS
+    if text.startswith(("dict[str,", "Dict[str,", "Mapping[str,")) and "ndarray" in text:
+        return Kind.ARRAYS
+    return {"bytes": Kind.BODY, "list[bytes]": Kind.LIST, "List[bytes]": Kind.LIST}.get(text)
+
+
+def to_argument(records: Records, kind: Kind) -> Any:
+    """Return the records as ``kind``. Raises TypeError where they are of the other sort, tables or bytes."""
+    if isinstance(records, ByteRecords):
+        if kind is Kind.BODY:
+            return bytes(records.body())
+        if kind in (Kind.LIST, Kind.UNSTATED):
+            return records.to_list()
+        raise TypeError(f"asks for {kind.value}, but the records are bytes ({records.content_type}), without columns")
+    if kind in (Kind.DATAFRAME, Kind.UNSTATED):
+        return to_dataframe(records)
+    if kind is Kind.TABLE:
+        return records
+    if kind is Kind.ARRAYS:
+        return {name: _to_array(records.column(name), name) for name in records.column_names}
+    if kind is Kind.DICTS:
+        return records.to_pylist()
+    raise TypeError(f"asks for {kind.value}, but the records are a table of {', '.join(records.column_names)}")
+
+
+def to_dataframe(table: pa.Table) -> "pd.DataFrame":
+    """Return a DataFrame with a fresh RangeIndex.
+
+    Integers and booleans are pandas' nullable ones unless the schema forbids nulls, floats have NaN, text is pandas'
+    own ``str``, dates are datetime64.
+    """
+    import pandas as pd
+
+    if not table.num_columns:
+        return pd.DataFrame(index=pd.RangeIndex(len(table)))
+    nullable = {
+        pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(), pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype(),
+        pa.uint8(): pd.UInt8Dtype(), pa.uint16(): pd.UInt16Dtype(), pa.uint32(): pd.UInt32Dtype(),
+        pa.uint64(): pd.UInt64Dtype(), pa.bool_(): pd.BooleanDtype(),
+    }  # fmt: skip
+    strict = [field.name for field in table.schema if not field.nullable and field.type in nullable]
+    frame = table.replace_schema_metadata(None).to_pandas(types_mapper=nullable.get, date_as_object=False)
+    return frame.astype({name: table.schema.field(name).type.to_pandas_dtype() for name in strict}) if strict else frame
+
+
+def _to_array(column: "pa.ChunkedArray[Any]", name: str) -> np.ndarray[Any, Any]:
+    """Return a column as an array whose dtype depends on its type alone."""
+    kind = column.type
+    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], kind)
+    if pa.types.is_fixed_size_list(kind) and not array.null_count:
+        return np.asarray(array.flatten()).reshape(len(array), kind.list_size)
+    if (pa.types.is_integer(kind) or pa.types.is_boolean(kind)) and array.null_count:
+        raise ValueError(
+            f"column {name!r} holds a null, which an array of {kind} cannot; "
+            f"state its type as float64 (null is NaN), or take a pandas.DataFrame"
+        )
+    if pa.types.is_null(kind):
+        return np.full(len(array), None, object)
+    return array.to_numpy(zero_copy_only=False)
