@@ -10,8 +10,7 @@ import numpy as np
 
 from batchpipe.batch import ByteRecords, MiniBatch, Origins, iter_batches
 from batchpipe.convert import BadRecord, InputSchema
-from batchpipe.errors import InputError
-from batchpipe.formats import FORMATS
+from batchpipe.formats import FORMATS, misfit_error
 from batchpipe.invoke import FailedRecord, FailureLimit, Outcome
 from batchpipe.job import Job
 from batchpipe.manifest import Accounts, Failure, RangeResult
@@ -139,22 +138,17 @@ class Source:
             counts.first, counts.next_start, counts.bytes_read = reader.first, reader.next_start, reader.bytes_read
 
     def _parse(self, batch: MiniBatch) -> MiniBatch:
-        if not isinstance(batch.records, ByteRecords) or self._schema is None:
+        to_table = self._format.to_table
+        if to_table is None or self._schema is None or not isinstance(batch.records, ByteRecords):
             return batch
-        parsed = self._format.to_table(batch.records, self._schema, self._job.input)
+        parsed = to_table(batch.records, self._schema, self._job.input)
         for bad in parsed.failures:
             if bad.is_guess:
-                raise self._wrong_guess(bad, batch.origins.slice(bad.index, bad.index + 1))
+                found = self._split.ranges[int(batch.origins.ranges[bad.index])]
+                raise misfit_error(bad, clean_uri(found.object.uri), int(batch.origins.offsets[bad.index]))
             self._add_bad(batch, bad)
         origins = batch.origins if not parsed.failures else batch.origins.take(parsed.kept)
         return MiniBatch(parsed.table, origins)
-
-    def _wrong_guess(self, bad: BadRecord, origins: Origins) -> InputError:
-        return InputError(
-            f"{bad.reason}, the type inferred from the first records",
-            where=self.describe(origins),
-            next=f"state the type: --set input.types.{bad.column}={bad.fitting}",
-        )
 
     def _add_bad(self, batch: MiniBatch, bad: BadRecord) -> None:
         reason = "WrongType" if bad.column else "Unparsable"

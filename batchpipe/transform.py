@@ -18,8 +18,8 @@ import pyarrow as pa
 from batchpipe import __version__
 from batchpipe.batch import MiniBatch, Origins, Records
 from batchpipe.chain import Chain, new_stats, open_chain
-from batchpipe.convert import InputSchema, output_schema
-from batchpipe.errors import BatchpipeError, PoolError, RecordsFailedError, StageStartError
+from batchpipe.convert import CastError, InputSchema, output_schema
+from batchpipe.errors import BatchpipeError, JobError, PoolError, RecordsFailedError, StageStartError
 from batchpipe.formats import FORMATS
 from batchpipe.invoke import FailureLimit, Outcome
 from batchpipe.job import Job
@@ -220,7 +220,10 @@ def _output_schema(job: Job, outcome: Outcome, sent: MiniBatch, split: Split) ->
         raise StageStartError(msg, next="set output.format: raw, or answer records")
     if job.output.add_source:
         records = add_source(records, sent.origins.take(outcome.places), split)
-    return output_schema(records.schema, job.output.columns)
+    try:
+        return output_schema(records.schema, job.output.columns)
+    except CastError as error:
+        raise JobError(f"output.columns: {error}", where=str(job.path)) from error
 
 
 def _same_version_or_raise(orders: Orders) -> None:

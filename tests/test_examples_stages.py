@@ -4,6 +4,8 @@ import importlib
 import io
 import itertools
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 SAMPLE_DATA = ROOT / "sample_data"
 sys.path.append(str(ROOT / "jobs"))  # where a job file finds its own stages
 
+flight_runtime = importlib.import_module("flight_delays.runtime")
 flight_stages = importlib.import_module("flight_delays.stages")
 rain_stages = importlib.import_module("rain_soon.stages")
 digit_stages = importlib.import_module("digits.stages")
@@ -138,7 +141,7 @@ def test_an_unknown_carrier_is_answered() -> None:
 
     features = flight_stages.make_features(flights)
 
-    assert features["carrier_code"].tolist() == [-1, -1, 11]
+    assert features["carrier_code"].fillna(-1).tolist() == [-1, -1, 11]
     assert answer_flights(flights)["probability"].notna().all()
 
 
@@ -166,6 +169,38 @@ def test_what_arrives_late_is_told_from_what_does_not() -> None:
     auc = (rank[late].sum() - late.sum() * (late.sum() + 1) / 2) / (late.sum() * (~late).sum())
 
     assert auc > 0.88
+
+
+def test_a_flights_answer_does_not_depend_on_the_number_of_threads() -> None:
+    features = flight_stages.make_features(FLIGHTS)
+
+    assert flight_stages.Model(threads=2)(features).equals(FLIGHT_MODEL(features))
+
+
+LOAD_MODEL = """
+from flight_delays.stages import Model
+import psutil
+before = psutil.Process().num_threads()
+Model(threads=1)
+print(psutil.Process().num_threads() - before, "threads more")
+"""
+
+
+def test_loading_the_flight_model_starts_no_thread_says_nothing_and_keeps_nothing_at_home(tmp_path: Path) -> None:
+    environ = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "jobs")}
+
+    done = subprocess.run([sys.executable, "-c", LOAD_MODEL], env=environ, capture_output=True, text=True, check=True)
+
+    assert (done.stdout, done.stderr) == ("0 threads more\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_native_code_says_is_dropped_only_while_it_is_muted(capfd: pytest.CaptureFixture[str]) -> None:
+    with flight_runtime.muted_stderr():
+        os.write(2, b"noise")
+    os.write(2, b"word")
+
+    assert capfd.readouterr().err == "word"
 
 
 # Weather

@@ -110,7 +110,7 @@ def test_an_error_counts_only_when_the_split_is_proved_to_begin_at_a_record():
 def test_splits_travel_together_when_they_are_short_and_alone_near_the_end():
     schedule = Schedule(make_splits(1000), 1000)
     world = World([0], 10_000, set())
-    for _ in range(5):
+    for _ in range(10):
         task = schedule.take(2)
         list(schedule.settle(task, [world.run(split) for split in task]))
 

@@ -55,19 +55,6 @@ def test_make_names_the_remedy_for_a_python_without_venv(tmp_path: Path):
     assert done.stderr.startswith(f"error: '{sys.executable}' has no venv module; next: apt install python3-venv\n")
 
 
-def test_make_names_the_remedy_for_a_lightgbm_that_does_not_load(tmp_path: Path):
-    scripts = tmp_path / "bin"
-    scripts.mkdir()
-    for name, script in (("pip", "exit 0"), ("python", "echo 'OSError: libgomp.so.1' >&2; exit 1")):
-        (scripts / name).write_text(f"#!/bin/sh\n{script}\n")
-        (scripts / name).chmod(0o755)
-
-    done = run_make(f"{tmp_path}/.installed-examples", f"VENV={tmp_path}")
-
-    assert "error: LightGBM does not load: OSError: libgomp.so.1\n  next: it takes OpenMP from" in done.stderr
-    assert not (tmp_path / ".installed-examples").exists()
-
-
 def test_ci_script_is_valid_and_runs_the_same_commands_as_people():
     script = ROOT / ".ci" / "run"
 

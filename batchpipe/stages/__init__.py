@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from batchpipe.batch import Records
 
 if TYPE_CHECKING:
-    from batchpipe.job import Job, Stage
+    from batchpipe.job import Job, StageSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class OpenStage(Protocol):
         ...
 
 
-def open_stage(stage: "Stage", job: "Job", context: StageContext) -> OpenStage:
+def open_stage(stage: "StageSpec", job: "Job", context: StageContext) -> OpenStage:
     """Open a stage of any kind. Raises StageStartError, with everything it had started released."""
     if stage.kind == "callable":
         from batchpipe.stages.callable import open_callable

@@ -21,7 +21,7 @@ from batchpipe.errors import JobError, StageStartError
 from batchpipe.stages import Answer, InvocationFailed, Remedy, StageContext
 
 if TYPE_CHECKING:
-    from batchpipe.job import Job, Stage
+    from batchpipe.job import Job, StageSpec
 
 
 class CallableStage:
@@ -95,13 +95,13 @@ class CallableStage:
         return InvocationFailed("WrongAnswer", message, Remedy.ISOLATE, location=_defined_at(self._function))
 
 
-def open_callable(stage: "Stage", job: "Job", context: StageContext) -> CallableStage:  # noqa: ARG001 - open_stage's shape
+def open_callable(stage: "StageSpec", job: "Job", context: StageContext) -> CallableStage:  # noqa: ARG001 - open_stage's shape
     """Import the callable and construct it if it is a class.
 
     Raises JobError (2) where it cannot be imported and StageStartError (4) where its constructor raises.
     """
     assert stage.callable is not None
-    target = import_callable(stage.callable, job.python_path, stage.name)
+    target = import_callable(stage.callable, job.import_folders, stage.name)
     concurrency = stage.max_concurrent_transforms or job.batch.max_concurrent_transforms or 1
     threads = ThreadPoolExecutor(concurrency if stage.thread_safe else 1, thread_name_prefix=f"stage {stage.name}")
     try:

@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from flight_delays.runtime import open_session
+
 KEY = ["year", "month", "day", "sched_dep_time", "carrier", "flight", "origin", "dest"]
 FEATURES = ["dep_delay", "dep_minute", "arr_minute", "elapsed", "weekday", "distance", "carrier_code", "origin_code"]
-CATEGORICAL = ["carrier_code", "origin_code"]
 FOLDER = Path(__file__).parent
-UNKNOWN = -1  # LightGBM takes a negative category for a missing one
+UNKNOWN = np.nan  # in the trees, what is missing goes the way of most flights
 DECISIONS = ["on_time", "late", "cancelled"]
 
 CODES: dict[str, list[str]] = json.loads((FOLDER / "codes.json").read_text(encoding="utf-8"))
@@ -42,23 +43,27 @@ def make_features(flights: pd.DataFrame) -> pd.DataFrame:
 
 
 class Model:
-    """The LightGBM model beside this file: from features to the probability of arriving over 15 minutes late."""
+    """The ONNX model beside this file: from features to the probability of arriving over 15 minutes late."""
 
-    def __init__(self, threads: int = 1, model: str = "model.txt") -> None:
-        """Load *model*, a LightGBM text file in this folder; *threads* are used in each call."""
-        import lightgbm  # here, because the two other stages run without LightGBM
-
-        self.booster = lightgbm.Booster(model_file=FOLDER / model)
-        self.threads = threads
+    def __init__(self, threads: int = 1, model: str = "model.onnx") -> None:
+        """Load *model*, an ONNX file in this folder; each call computes with *threads* threads."""
+        self.session = open_session(FOLDER / model, threads)
 
     def __call__(self, features: pd.DataFrame) -> pd.DataFrame:
         """Return the flight key and ``probability``, missing where the flight never left the gate."""
-        matrix = np.empty((len(features), len(FEATURES)), dtype=np.float32)
-        for place, name in enumerate(FEATURES):
-            matrix[:, place] = numbers(features, name)
-        probability = np.asarray(self.booster.predict(matrix, num_threads=self.threads))
+        matrix = to_matrix(features)
+        [by_class] = self.session.run(["probability"], {"features": matrix})
+        probability = by_class[:, 1].astype(np.float64)
         probability[np.isnan(matrix[:, FEATURES.index("dep_delay")])] = np.nan
         return features[KEY].assign(probability=probability)
+
+
+def to_matrix(features: pd.DataFrame) -> NDArray[np.float32]:
+    """Return FEATURES side by side as the model takes them, NaN for missing."""
+    matrix = np.empty((len(features), len(FEATURES)), dtype=np.float32)
+    for place, name in enumerate(FEATURES):
+        matrix[:, place] = numbers(features, name)
+    return matrix
 
 
 def decide(answers: pd.DataFrame, late_from: float = 0.5) -> pd.DataFrame:
@@ -94,8 +99,8 @@ def weekday(year: NDArray[np.int64], month: NDArray[np.int64], day: NDArray[np.i
     return (first_of_month.astype(np.int64) + day + 2) % 7  # 1 January 1970 was a Thursday
 
 
-def category_codes(values: pd.Series, known: list[str]) -> NDArray[np.int64]:
+def category_codes(values: pd.Series, known: list[str]) -> NDArray[np.float64]:
     """Return each value's place in *known*, UNKNOWN for others and missing ones: the same code in every batch."""
     place = {name: code for code, name in enumerate(known)}
     codes, distinct = pd.factorize(values)
-    return np.array([*(place.get(name, UNKNOWN) for name in distinct), UNKNOWN], dtype=np.int64)[codes]
+    return np.array([*(place.get(name, UNKNOWN) for name in distinct), UNKNOWN], dtype=np.float64)[codes]
