@@ -65,7 +65,7 @@ def _fill(text: str, values: Mapping[str, str], on_problem: Callable[[str], None
         return found[0]
 
     filled = _VARIABLE.sub(replacement, text)
-    run_ids = sum(values[found["name"]] == RUN_ID for found in _VARIABLE.finditer(text) if found["name"] == "run_id")
+    run_ids = sum(values.get("run_id") == RUN_ID for found in _VARIABLE.finditer(text) if found["name"] == "run_id")
     if filled.count(RUN_ID) > run_ids:
         on_problem(f"a literal {RUN_ID} cannot be written: it always stands for the run id")
     return filled

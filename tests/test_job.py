@@ -204,6 +204,10 @@ def test_fingerprint_leaves_out_limits_of_a_stage(stage: dict[str, Any]):
     assert fingerprint_document(make_job(stage)) == fingerprint_document(make_job(container()))
 
 
+def test_fingerprint_leaves_out_whether_a_callable_is_thread_safe():
+    assert fingerprint_document(make_job({"callable": "a:b", "thread_safe": True})) == fingerprint_document(make_job())
+
+
 @pytest.mark.parametrize(
     "blocks",
     [
