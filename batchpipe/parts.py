@@ -62,7 +62,9 @@ class Piece:
         self._split = split
         self._schema = schema
         self._sink = sink
-        self._writer = open_writer(place.job.output, sink, schema, header=split.ranges[0].is_first)
+        # Under mirror the pieces of an object are joined: only the first of them begins with a header.
+        begins_file = place.job.output.layout == "parts" or split.ranges[0].is_first
+        self._writer = open_writer(place.job.output, sink, schema, header=begins_file)
 
     @property
     def written(self) -> int:

@@ -85,6 +85,7 @@ class _JsonlParser:
             table = _read(_as_utf8(records.body(), self.encoding), self._read_as)
             if table.num_rows != len(records):
                 raise UnparsedError
+            table.validate(full=True)  # the parser takes bytes that are not UTF-8 for text
             return self._cast(table), {}
         except (pa.ArrowInvalid, UnicodeDecodeError) as error:
             raise UnparsedError from error
