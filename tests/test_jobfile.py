@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchpipe.job import fingerprint_document
@@ -151,6 +151,7 @@ def test_variable_is_not_asked_for_where_a_setting_replaces_it(folder: Path):
     assert load(JOB.replace("uri: out", "uri: ${OUT}"), set=["output.uri=s3://x/y"]).output.uri == "s3://x/y"
 
 
+@settings(deadline=None)
 @given(value=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0$"), min_size=1))
 def test_variable_cannot_change_the_structure_of_the_file(tmp_path_factory: pytest.TempPathFactory, value: str):
     job_file = tmp_path_factory.getbasetemp() / "variable.yaml"

@@ -4,7 +4,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchpipe.errors import JobError
@@ -242,6 +242,7 @@ def test_no_error_repeats_a_secret(folder: Path, line: str):
     assert "hunter2-secret" not in str(raised.value) + repr(raised.value.__cause__) + str(raised.value.__cause__)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_loads_or_is_told(tmp_path_factory: pytest.TempPathFactory, text: str):
     job_file = tmp_path_factory.getbasetemp() / "any.yaml"

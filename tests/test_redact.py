@@ -5,7 +5,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchpipe.redact import MASK, clean_document, clean_uri, mask, secrets_of
@@ -106,6 +106,7 @@ def test_longest_secret_is_masked_first():
     assert mask("abcdefgh-suffix", frozenset({"abcdefgh", "abcdefgh-suffix"})) == MASK
 
 
+@settings(deadline=None)
 @given(secret=st.text(min_size=8), before=st.text(), after=st.text())
 def test_no_text_shows_a_masked_secret(secret: str, before: str, after: str):
     secrets = secrets_of({"storage_options": {"s3": {"secret": secret}}})

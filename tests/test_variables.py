@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchpipe.variables import fill_variables, variable_values
@@ -19,6 +19,7 @@ def fill(value: Any, values: dict[str, str] | None = None) -> tuple[Any, list[st
     return fill_variables(value, values or {}, lambda _place, text: problems.append(text)), problems
 
 
+@settings(deadline=None)
 @given(
     name=NAMES,
     value=st.text().filter(lambda text: "${run_id}" not in text),
@@ -28,11 +29,13 @@ def test_value_is_put_in_unchanged_and_only_once(name: str, value: str, around: 
     assert fill(f"{around}${{{name}}}{around}", {name: value}) == (f"{around}{value}{around}", [])
 
 
+@settings(deadline=None)
 @given(st.text().filter(lambda text: "${run_id}" not in text))
 def test_escaped_text_comes_back(text: str):
     assert fill(re.sub(r"\$\{", "$${", text)) == (text, [])
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_is_filled_or_told(text: str):
     filled, problems = fill(text)
@@ -40,6 +43,7 @@ def test_any_text_is_filled_or_told(text: str):
     assert filled == text or problems or "$${" in text or ":-" in text
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="$")))
 def test_unquoted_value_is_typed_as_if_it_stood_there(text: str):
     assert fill(Unquoted("${A}"), {"A": text})[0] == pytest.approx(read_scalar(text), nan_ok=True)

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchpipe.yaml_text import YamlTextError, read_scalar, read_yaml
@@ -41,17 +41,20 @@ def test_quoted_scalars_are_text():
     ]
 
 
+@settings(deadline=None)
 @given(DOCUMENTS)
 def test_json_is_yaml(document: object):
     assert read_yaml(json.dumps(document)).value == document
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_is_read_or_refused(text: str):
     with suppress(YamlTextError):
         read_yaml(text)
 
 
+@settings(deadline=None)
 @given(st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False))
 def test_scalars_that_yaml_writes_are_read_back(value: object):
     assert read_scalar(yaml.safe_dump(value).removesuffix("...\n").strip()) == value
