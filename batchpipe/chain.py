@@ -24,7 +24,9 @@ from batchpipe.stages import OpenStage, StageContext, open_stage
 class Chain:
     """The open stages of one worker and the event loop they run on. A context manager; closing it closes them."""
 
-    def __init__(self, stages: Sequence[OpenStage], max_retries: Sequence[int], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, stages: Sequence[OpenStage], max_retries: Sequence[int], loop: asyncio.AbstractEventLoop
+    ) -> None:
         self.stages = tuple(stages)
         self._max_retries = tuple(max_retries)
         self._loop = loop

@@ -96,8 +96,12 @@ def commands() -> None:
 
 def _job_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key, such as output.uri=..."),
-        click.option("--var", "variables", multiple=True, metavar="NAME=VALUE", help="Give ${NAME} of the job file a value."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key, such as output.uri=..."
+        ),
+        click.option(
+            "--var", "variables", multiple=True, metavar="NAME=VALUE", help="Give ${NAME} of the job file a value."
+        ),
         click.argument("job", metavar="JOB", type=click.Path()),
     ):
         command = option(command)
@@ -123,7 +127,9 @@ def _pairs(variables: tuple[str, ...]) -> Mapping[str, str]:
 @_job_options
 @click.option("--run-id", help="The run's id; by default it follows from the job and its inputs.")
 @click.option("--restart", is_flag=True, help="Drop an unfinished run in the output and begin anew.")
-@click.option("--wait", "wait_s", type=float, default=0.0, metavar="S", help="Seconds to wait for another run in the output.")
+@click.option(
+    "--wait", "wait_s", type=float, default=0.0, metavar="S", help="Seconds to wait for another run in the output."
+)
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Workers, in place of compute.workers.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object.")
 @click.option("--progress", type=click.Choice(["auto", "bar", "log", "none"]), default="auto", help="On stderr.")

@@ -227,5 +227,7 @@ class Manifest(_Model):
     started: str = Field(description="When the run first started, UTC, ISO 8601.")
     finished: str = Field(description="When it was published, UTC, ISO 8601.")
     seconds: float = Field(description="Wall seconds of the start that finished the run.")
-    versions: dict[str, str] = Field(description="Versions of batchpipe, Python and the libraries that shape the output.")
+    versions: dict[str, str] = Field(
+        description="Versions of batchpipe, Python and the libraries that shape the output."
+    )
     failures: tuple[dict[str, Any], ...] = Field((), description="The first failed records; all are in the quarantine.")

@@ -5,49 +5,39 @@ only rolls forward (G2).
 """
 
 import hashlib
-import json
 import time
-from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from batchpipe.errors import JobError, LockedError, OutputError
 from batchpipe.job import Job
-from batchpipe.journal import Journal, open_journal, read_journal
+from batchpipe.journal import Journal, open_journal
 from batchpipe.manifest import Input, LongTable, Manifest, Part, SplitResult
-from batchpipe.plan import Fingerprint, Inputs
+from batchpipe.parts import HIDDEN
+from batchpipe.plan import Fingerprint
 from batchpipe.redact import clean_uri
+from batchpipe.runs import (
+    PieceSpool,
+    RunFolder,
+    discard_all_but,
+    discard_run,
+    iter_pending,
+    key,
+    key_of,
+    start_of,
+    sweep_run,
+    unfinished_runs,
+    without_type,
+)
 from batchpipe.storage import Lock, ObjectMissingError, Pending, Store, join, open_store, relative
 
-HIDDEN = "_batchpipe"
 PUBLISHERS = 8
 LOCK_POLL_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class RunFolder:
-    """Where a run keeps what is its own, below the output's hidden folder."""
-
-    root: str
-    run_id: str
-
-    @property
-    def uri(self) -> str:
-        """The run's folder."""
-        return join(self.root, HIDDEN, self.run_id)
-
-    def __truediv__(self, name: str) -> str:
-        return join(self.uri, name)
-
-    @property
-    def manifest(self) -> str:
-        """The current manifest: one fixed path for all runs."""
-        return join(self.root, HIDDEN, "manifest.json")
+Row = TypeVar("Row", Part, Input)
 
 
 def read_manifest(store: Store, root: str) -> Manifest | None:
@@ -57,33 +47,6 @@ def read_manifest(store: Store, root: str) -> Manifest | None:
     except ObjectMissingError:
         return None
     return Manifest.model_validate_json(data)
-
-
-class PieceSpool:
-    """The pieces of settled splits, kept in a file: a run of any number of splits costs eight bytes of memory each."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b")
-        self._places = array("q")
-
-    def add(self, result: SplitResult) -> None:
-        """Remember what a settled split wrote."""
-        missing = result.split + 1 - len(self._places)
-        self._places.extend([-1] * max(missing, 0))
-        self._places[result.split] = self._file.seek(0, 2)
-        objects = [part.object for part in result.ranges]
-        line = {"piece": result.piece, "written": result.accounts.written, "objects": objects}
-        self._file.write(json.dumps(line).encode() + b"\n")
-
-    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for split, place in enumerate(self._places):
-            if place >= 0:
-                self._file.seek(place)
-                yield split, json.loads(self._file.readline())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 class Output:
@@ -111,7 +74,7 @@ class Output:
 
     def replay(self) -> list[SplitResult]:
         """Settled splits of earlier starts whose pieces are still there; what nobody journaled is discarded."""
-        present = {_key(pending): pending for pending in self._pending()}
+        present = {key(pending): pending for pending in iter_pending(self.store, self.folder)}
         settled = []
         for entry in self.journal.replay():
             match entry["type"]:
@@ -122,10 +85,10 @@ class Output:
                 case "commit":
                     self.is_committed = True
                 case "split":
-                    settled.append(SplitResult.from_json(_without_type(entry)))
+                    settled.append(SplitResult.from_json(without_type(entry)))
         if not self.is_committed:
-            settled = [result for result in settled if not result.piece or _key_of(result.piece) in present]
-            _discard_all_but(self.store, present, settled)
+            settled = [result for result in settled if not result.piece or key_of(result.piece) in present]
+            discard_all_but(self.store, present, settled)
         for result in settled:
             self.pieces.add(result)
         return settled
@@ -155,7 +118,7 @@ class Output:
             earlier = self.store.stat(pending.uri).version if self.store.exists(pending.uri) else None
             self.store.publish(pending, replaces=earlier)
 
-    def publish(self, inputs: Inputs, manifest: Manifest, input_rows: Iterator[Input]) -> Manifest:
+    def publish(self, manifest: Manifest, input_rows: Iterator[Input]) -> Manifest:
         """Make every piece visible, then the manifest. Once begun, a later start finishes it."""
         if not self.is_committed:
             self.journal.append("commit", at=_now())
@@ -179,18 +142,13 @@ class Output:
             self.journal.flush()
             sweep_run(self.store, self.folder)
 
-    def _pending(self) -> Iterator[Pending]:
-        return iter_pending(self.store, self.folder)
-
     def _publish_one(self, split: int, line: dict[str, Any], replaces: dict[str, str]) -> Part | None:
         if line["piece"] is None:
             return None
         pending = Pending.from_json(line["piece"])
         self.store.publish(pending, replaces=replaces.get(pending.uri))
         name = relative(pending.uri, self.folder.root)
-        return Part(
-            uri=name, records=line["written"], bytes=pending.size, sha256=pending.sha256, splits=(split, split)
-        )
+        return Part(uri=name, records=line["written"], bytes=pending.size, sha256=pending.sha256, splits=(split, split))
 
     def _versions_to_replace(self) -> dict[str, str]:
         """Under mirror and replace: the objects of the old manifest that are overwritten in place, at their version."""
@@ -199,7 +157,7 @@ class Output:
         uris = [join(self.folder.root, part.uri) for part in iter_parts(self.store, self.folder.root, self.replaced)]
         return {uri: self.store.stat(uri).version for uri in uris if self.store.exists(uri)}
 
-    def _write_table(self, name: str, rows: Iterator[Any], size: Any) -> LongTable:
+    def _write_table(self, name: str, rows: Iterable[Row], size: Callable[[Row], int]) -> LongTable:
         lines, total = [], 0
         for row in rows:
             lines.append(row.model_dump_json())
@@ -247,7 +205,7 @@ def open_output(
             output.manifest = finished
             yield output
             return
-        unfinished = _unfinished_runs(store, root)
+        unfinished = unfinished_runs(store, root)
         if restart:
             for run in unfinished:
                 discard_run(store, RunFolder(root, run))
@@ -281,57 +239,19 @@ def _lock(store: Store, root: str, owner: Mapping[str, str], wait_s: float) -> I
         yield lock
 
 
-def iter_pending(store: Store, folder: RunFolder) -> Iterator[Pending]:
-    """Pieces of this output that are written and not visible. Uploads of other programs in the folder are left alone."""
-    for pending in store.iter_pending(folder.root, staging=folder / "pending"):
-        name = relative(pending.uri, folder.root) if pending.uri else ""
-        if not name or name.startswith(("part-", f"{HIDDEN}/")) or ".out" in name:
-            yield pending
-
-
-def sweep_run(store: Store, folder: RunFolder) -> None:
-    """Discard every pending piece that the run's journal does not name. Its lock must be held."""
-    present = {_key(pending): pending for pending in iter_pending(store, folder)}
-    entries = list(read_journal(store, folder / "journal")) if present else []
-    if not any(entry["type"] == "commit" for entry in entries):
-        settled = [SplitResult.from_json(_without_type(entry)) for entry in entries if entry["type"] == "split"]
-        _discard_all_but(store, present, settled)
-
-
-def discard_run(store: Store, folder: RunFolder) -> None:
-    """Drop an unfinished run: its pending pieces, its journal, its quarantine."""
-    for pending in iter_pending(store, folder):
-        store.discard(pending)
-    store.remove_folder(folder.uri)
-
-
-def _discard_all_but(store: Store, present: Mapping[str, Pending], settled: Iterable[SplitResult]) -> None:
-    kept = {_key_of(result.piece) for result in settled if result.piece}
-    for key in present.keys() - kept:
-        store.discard(present[key])
-
-
-def _without_type(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key != "type"}
-
-
-def _unfinished_runs(store: Store, root: str) -> list[str]:
-    found = store.iter_folder(join(root, HIDDEN))
-    paths = (relative(each.uri, join(root, HIDDEN)).split("/") for each in found)
-    return sorted({path[0] for path in paths if len(path) > 2 and path[1] == "journal"})
-
-
 def _same_or_raise(output: Output, finished: Manifest) -> None:
     if finished.fingerprint != output.fingerprint.sha256:
         msg = f"run {finished.run_id} is finished, with another job file or other inputs"
         raise JobError(
-            msg, where=clean_uri(output.folder.root), next="choose another --run-id, or leave it out: it then follows from both"
+            msg,
+            where=clean_uri(output.folder.root),
+            next="choose another --run-id, or leave it out: it then follows from both",
         )
 
 
 def _no_other_run_or_raise(output: Output, unfinished: list[str]) -> None:
     for run in unfinished:
-        theirs = _start_of(output.store, RunFolder(output.folder.root, run))
+        theirs = start_of(output.store, RunFolder(output.folder.root, run))
         changes = output.fingerprint.differences(theirs) if theirs else []
         if run == output.folder.run_id and not changes:
             continue
@@ -345,21 +265,14 @@ def _no_other_run_or_raise(output: Output, unfinished: list[str]) -> None:
         )
 
 
-def _start_of(store: Store, folder: RunFolder) -> dict[str, Any] | None:
-    for found in store.iter_folder(folder / "journal"):
-        for line in store.read(found.uri).splitlines():
-            entry = json.loads(line)
-            if entry["type"] == "start":
-                return dict(entry["fingerprint"])
-    return None
-
-
 def _free_or_raise(output: Output, finished: Manifest | None) -> None:
     """Refuse a folder that holds what this run did not make."""
     root, run_id = output.folder.root, output.folder.run_id
     if finished and output.job.output.if_exists == "error":
         msg = f"the output holds the finished run {finished.run_id} of {finished.finished}, and this is run {run_id}"
-        raise OutputError(msg, where=clean_uri(root), next="choose another output.uri, or set output.if_exists: replace")
+        raise OutputError(
+            msg, where=clean_uri(root), next="choose another output.uri, or set output.if_exists: replace"
+        )
     named = {part.uri for part in iter_parts(output.store, root, finished)} if finished else set()
     for found in output.store.find(root):
         if (name := relative(found.uri, root)) not in named:
@@ -367,14 +280,5 @@ def _free_or_raise(output: Output, finished: Manifest | None) -> None:
             raise OutputError(msg, where=clean_uri(root), next="choose another output.uri, or move what is there")
 
 
-def _key(pending: Pending) -> str:
-    return pending.upload_id or pending.staging
-
-
-def _key_of(piece: dict[str, Any]) -> str:
-    return _key(Pending.from_json(piece))
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-

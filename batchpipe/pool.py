@@ -148,14 +148,14 @@ class Pool:
         if isinstance(error, BatchpipeError):
             return error
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("batchpipe"):
-            return PoolError("the cluster's workers cannot import batchpipe", next=f"install batchpipe {__version__} there")
+            return PoolError(
+                "the cluster's workers cannot import batchpipe", next=f"install batchpipe {__version__} there"
+            )
         return error
 
 
 @contextlib.contextmanager
-def open_pool(
-    compute: ComputeSpec, processes: WorkerProcesses | None, lease: "Lease", gauge: Gauge
-) -> Iterator[Pool]:
+def open_pool(compute: ComputeSpec, processes: WorkerProcesses | None, lease: "Lease", gauge: Gauge) -> Iterator[Pool]:
     """Connect to the job's workers: the local `processes`, or the cluster that the job names.
 
     Raises PoolError if no worker comes, JobError if the cluster's class cannot be imported.
@@ -195,7 +195,9 @@ def _open_local(processes: WorkerProcesses, release: contextlib.ExitStack) -> Cl
     }
     release.enter_context(dask.config.set(settings))
     cluster = release.enter_context(
-        LocalCluster(n_workers=0, processes=True, security=security, dashboard_address=None, silence_logs=logging.CRITICAL)
+        LocalCluster(
+            n_workers=0, processes=True, security=security, dashboard_address=None, silence_logs=logging.CRITICAL
+        )
     )
     tls = security.get_tls_config_for_role("worker")
     pem = {"tls_ca_file": tls["ca_file"], "tls_worker_cert": tls["cert"], "tls_worker_key": tls["key"]}
@@ -253,7 +255,9 @@ def _no_workers(processes: WorkerProcesses | None) -> PoolError:
     if processes is not None and processes.error:
         return processes.error
     log = processes.log_tail() if processes else ""
-    return PoolError(f"no worker came within {WORKERS_TIMEOUT_S:.0f} s", log=log, next="compute.cluster names the workers")
+    return PoolError(
+        f"no worker came within {WORKERS_TIMEOUT_S:.0f} s", log=log, next="compute.cluster names the workers"
+    )
 
 
 def _run(gauge: Gauge, function: Callable[..., Result], *args: Any) -> Result:

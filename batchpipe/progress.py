@@ -54,7 +54,11 @@ class Log:
     def _write(self, progress: Progress, **values: object) -> None:
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         pairs = " ".join(f"{key}={value}" for key, value in values.items())
-        print(f"{moment} {progress.job.name} run={progress.run_id} step={progress.step} {pairs}", file=self._stream, flush=True)
+        print(
+            f"{moment} {progress.job.name} run={progress.run_id} step={progress.step} {pairs}",
+            file=self._stream,
+            flush=True,
+        )
 
 
 class Bar:
@@ -87,7 +91,11 @@ class Bar:
             flush=True,
         )
         if tally.settled:
-            print(f"  resumed: {tally.settled:,} of {count(tally.splits, 'split')} are done", file=self._stream, flush=True)
+            print(
+                f"  resumed: {tally.settled:,} of {count(tally.splits, 'split')} are done",
+                file=self._stream,
+                flush=True,
+            )
         self._kept = tally.accounts.read
 
     def _update(self, progress: Progress) -> None:

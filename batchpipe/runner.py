@@ -18,16 +18,25 @@ from uuid import uuid4
 from batchpipe.errors import BatchpipeError, RecordsFailedError
 from batchpipe.job import Job
 from batchpipe.jobfile import fill_run_id
-from batchpipe.manifest import SCHEMA_VERSION, Failure, Input, LongTable, Manifest, RunAccounts, StageAccount, StageStats
-from batchpipe.output import HIDDEN, Output, open_output
-from batchpipe.parts import Place
+from batchpipe.manifest import (
+    SCHEMA_VERSION,
+    Failure,
+    Input,
+    LongTable,
+    Manifest,
+    RunAccounts,
+    StageAccount,
+    StageStats,
+)
+from batchpipe.output import Output, open_output
+from batchpipe.parts import HIDDEN, Place
 from batchpipe.plan import Inputs, Plan, list_inputs, make_fingerprint, make_plan
 from batchpipe.processes import WorkerProcesses, available_cores
 from batchpipe.redact import clean_uri
 from batchpipe.schedule import Schedule, Tally
+from batchpipe.source import read_gauge
 from batchpipe.stages.watcher import Watcher, open_watcher
 from batchpipe.storage import join, open_store
-from batchpipe.source import read_gauge
 from batchpipe.transform import Orders, Schemas, close_worker_chain, probe, renew_lease, run_splits
 
 if TYPE_CHECKING:
@@ -168,12 +177,14 @@ class Run:
         """Prove the accounts, make the pieces visible, write the manifest."""
         tally = self.schedule.tally
         self._prove()
-        return self.output.publish(inputs, self._manifest(tally), self._input_rows(inputs, tally))
+        return self.output.publish(self._manifest(tally), self._input_rows(inputs, tally))
 
     def _orders(self, pool: "Pool") -> Orders:
         """What tasks are told, the schemas among it: proved by the first mini-batch, or journaled by an earlier start."""
         output, limit = self.output, self.job.on_error.max_failed_records
-        place = Place(self.job, self.run_id, output.part_prefix, f"{self.run_id}-{output.journal.epoch}-{uuid4().hex[:8]}")
+        place = Place(
+            self.job, self.run_id, output.part_prefix, f"{self.run_id}-{output.journal.epoch}-{uuid4().hex[:8]}"
+        )
         orders = Orders(self.job, place, Schemas(), limit)
         if output.schemas:
             return replace(orders, schemas=Schemas.from_json(output.schemas))

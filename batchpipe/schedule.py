@@ -70,7 +70,9 @@ class Schedule:
         self._ends: dict[int, int] = {}
         for result in journaled:
             self._count(result)
-        self._ends = {split: end for split, end in self._ends.items() if split + 1 < count and not self._settled[split + 1]}
+        self._ends = {
+            split: end for split, end in self._ends.items() if split + 1 < count and not self._settled[split + 1]
+        }
         self._fresh: Iterator[Split] = (split for split in splits if not self._settled[split.index])
         self._again: deque[Split] = deque()
         self._running: dict[int, Split] = {}

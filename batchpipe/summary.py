@@ -53,7 +53,13 @@ def summarize(manifest: Manifest, job_file: str, folder: Path, *, was_done: bool
         head = f"{manifest.name} {manifest.run_id}: done in {format_seconds(manifest.seconds)}"
     lines = [head + (f", {failed}" if failed else "")]
     rows = [
-        ("read", accounts.read, count(manifest.inputs.rows, "object"), manifest.inputs.bytes, _inputs(manifest, folder)),
+        (
+            "read",
+            accounts.read,
+            count(manifest.inputs.rows, "object"),
+            manifest.inputs.bytes,
+            _inputs(manifest, folder),
+        ),
         ("written", accounts.written, count(manifest.parts.rows, "part"), manifest.parts.bytes, out),
     ]
     widths = [max(len(f"{row[1]:,}") for row in rows), max(len(row[2]) for row in rows)]

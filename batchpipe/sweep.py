@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from batchpipe.errors import LockedError
-from batchpipe.output import HIDDEN, RunFolder, sweep_run
+from batchpipe.parts import HIDDEN
+from batchpipe.runs import RunFolder, sweep_run
 from batchpipe.storage import join, open_store
 
 

@@ -44,7 +44,9 @@ class Schemas:
     def to_json(self) -> dict[str, Any]:
         """As plain data, for the journal."""
         found = self.input
-        columns = {"stated": sorted(found.stated), "columns": found.columns, "header_of": found.header_of} if found else {}
+        columns = (
+            {"stated": sorted(found.stated), "columns": found.columns, "header_of": found.header_of} if found else {}
+        )
         return {"input": _text(found.schema if found else None), **columns, "output": _text(self.output)}
 
     @classmethod
@@ -165,7 +167,9 @@ def _write(piece: Piece, outcome: Outcome, sent: MiniBatch, source: Source) -> N
         piece.write(outcome.records, origins)
     except (TypeError, ValueError) as error:
         msg = f"an answer does not fit the output: {error}"
-        raise RecordsFailedError(msg, where=f"{source.describe(origins)} and the {len(origins):,} sent with it") from error
+        raise RecordsFailedError(
+            msg, where=f"{source.describe(origins)} and the {len(origins):,} sent with it"
+        ) from error
 
 
 def probe(splits: tuple[Split, ...], orders: Orders) -> Schemas | None:
@@ -194,7 +198,9 @@ def infer_input(splits: Iterable[Split], job: Job) -> InputSchema | None:
     def samples() -> Iterator[tuple[InputObject, ObjectFile]]:
         for one in (found.object for split in splits for found in split.ranges if found.is_first):
             if one.size:
-                with open_store(one.uri, spec.storage_options).open(one.uri, size=one.size, version=one.version) as file:
+                with open_store(one.uri, spec.storage_options).open(
+                    one.uri, size=one.size, version=one.version
+                ) as file:
                     yield one, file
 
     return FORMATS[spec.format].infer_schema(samples(), spec)

@@ -25,7 +25,9 @@ def load_manifest(store: Store, root: str) -> Manifest:
     manifest = read_manifest(store, root)
     if manifest is None:
         msg = f"there is no finished run in {clean_uri(root)}"
-        raise OutputError(msg, next="name the folder that output.uri names; an unfinished run resumes with batchpipe run JOB")
+        raise OutputError(
+            msg, next="name the folder that output.uri names; an unfinished run resumes with batchpipe run JOB"
+        )
     return manifest
 
 

@@ -34,7 +34,7 @@ def _open_chain(folder: Path) -> None:
     from batchpipe.transform import open_worker_chain
 
     try:
-        open_worker_chain(*pickle.loads(_wait_for(folder / "chain.pickle")))  # noqa: S301 - written by our own driver
+        open_worker_chain(*pickle.loads(_wait_for(folder / "chain.pickle")))
     except BatchpipeError:
         return  # the first task opens it again and brings the error to the driver
 

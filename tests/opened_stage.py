@@ -5,16 +5,16 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from batchpipe.batch import ByteRecords, Records
-from batchpipe.job import Job
+from batchpipe.job import Job, StageSpec
 from batchpipe.jobfile import load_job
 from batchpipe.redact import secrets_of
-from batchpipe.stages import Answer, InvocationFailed, StageContext, open_stage
+from batchpipe.stages import Answer, InvocationFailed, OpenStage, StageContext, open_stage
 from batchpipe.stages.http import HttpStage
 
 SERVER = [sys.executable, str(Path(__file__).with_name("stage_server.py"))]
@@ -81,10 +81,16 @@ def csv_records(*lines: str) -> ByteRecords:
 
 
 @contextmanager
-def opened(folder: Path, *stages: dict[str, Any], copy: int = 0, **blocks: Any) -> Iterator[Opened]:
+def opened(
+    folder: Path,
+    *stages: dict[str, Any],
+    copy: int = 0,
+    open_it: Callable[[StageSpec, Job, StageContext], OpenStage] = open_stage,
+    **blocks: Any,
+) -> Iterator[Opened]:
     """Open the first of these stages."""
     job = make_job(folder, *stages, **blocks)
-    stage = open_stage(job.stages[0], job, make_context(folder, job, copy=copy))
+    stage = open_it(job.stages[0], job, make_context(folder, job, copy=copy))
     assert isinstance(stage, HttpStage)
     with contextlib.closing(Opened(stage)) as opened:
         yield opened

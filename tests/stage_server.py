@@ -225,12 +225,11 @@ def flood(megabytes: int) -> None:
 
 
 def start() -> None:
-    """Serve on the port of the contract; STAGE_EXIT, STAGE_IGNORE_TERM, STAGE_LOG come before the first ping."""
+    """Serve on the port of the contract; STAGE_EXIT and STAGE_IGNORE_TERM come before the first ping."""
     if "STAGE_IGNORE_TERM" in os.environ:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if "STAGE_LOG" in os.environ:
-        print(os.environ["STAGE_LOG"], flush=True)
     if "STAGE_EXIT" in os.environ:
+        print("no model for", os.environ.get("TOKEN"), flush=True)
         sys.exit(int(os.environ["STAGE_EXIT"]))
     server = Server(("0.0.0.0", int(os.environ.get("SAGEMAKER_BIND_TO_PORT", "8080"))), Stage)
     print(f"serving on {server.server_port}", flush=True)

@@ -107,7 +107,7 @@ def open_callable(stage: "StageSpec", job: "Job", context: StageContext) -> Call
     try:
         # Constructed on the thread that will call it: some libraries bind to the thread they start on.
         function = threads.submit(_construct, target, stage.params).result()
-    except Exception as error:  # noqa: BLE001 - the boundary to user code: a constructor may raise anything
+    except Exception as error:
         threads.shutdown(wait=False)
         msg = f"stage {stage.name!r} did not start: {type(error).__name__}: {error}"
         raise StageStartError(msg, where=user_location(error)) from error
@@ -135,7 +135,7 @@ def import_callable(reference: str, python_path: Sequence[str], stage: str) -> A
     module_name, _, attribute = reference.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # noqa: BLE001 - the boundary to user code: a module may raise anything
+    except Exception as error:
         msg = f"stage {stage!r}: cannot import {reference!r}: {type(error).__name__}: {error}"
         where = user_location(error) or f"looked in {', '.join(python_path)} and the installed packages"
         raise JobError(msg, where=where) from error

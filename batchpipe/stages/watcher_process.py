@@ -55,6 +55,7 @@ class Watch:
         self.selector.register(0, selectors.EVENT_READ)
         self.begun = b""
         self.exit_codes: dict[int, int | None] = {}
+        self.pipes: dict[int, int] = {}
         self.groups: set[int] = set()
         self.labels: dict[str, str] = {}
         self.folders: list[str] = []
@@ -65,10 +66,9 @@ class Watch:
         """Obey until the owner says close, closes the pipe, or is gone."""
         while not self.closed and os.getppid() == self.owner:
             for key, _ in self.selector.select(timeout=1.0):
-                data = os.read(key.fd, 1 << 16)
                 if key.fd:
-                    self.log(key.fd, key.data, data)
-                elif data:
+                    self.log(key.fd, key.data)
+                elif data := os.read(0, 1 << 16):
                     self.obey(data)
                 else:
                     return
@@ -83,8 +83,12 @@ class Watch:
             with contextlib.suppress(BrokenPipeError):
                 os.write(1, json.dumps(reply).encode() + b"\n")
 
-    def log(self, pipe: int, log: Log, data: bytes) -> None:
-        """Append a process's output; an empty read is its end."""
+    def log(self, pipe: int, log: Log) -> bool:
+        """Append what a process wrote, up to 64 KB of it; say whether there may be more."""
+        try:
+            data = os.read(pipe, 1 << 16)
+        except BlockingIOError:
+            return False
         if data:
             with contextlib.suppress(OSError):  # a full disk must not end the watch
                 log.write(data)
@@ -92,6 +96,7 @@ class Watch:
             self.selector.unregister(pipe)
             os.close(pipe)
             log.close()
+        return bool(data)
 
     def reap(self) -> None:
         """Take exit codes, of orphans given to us too, and forget groups that are empty.
@@ -123,12 +128,23 @@ class Watch:
         child.returncode = 0  # we reap it ourselves
         self.exit_codes[child.pid] = None
         self.groups.add(child.pid)
+        os.set_blocking(read, False)
         self.selector.register(read, selectors.EVENT_READ, sink)
+        self.pipes[child.pid] = read
         return {"pid": child.pid}
 
     def do_poll(self, pid: int) -> dict[str, object]:
         self.reap()
+        if self.exit_codes[pid] is not None:
+            self.take_last_words(pid)
         return {"returncode": self.exit_codes[pid]}
+
+    def take_last_words(self, pid: int) -> None:
+        """Have in the log what a process wrote before it ended, as much as a pipe may hold, before its end is told."""
+        key = self.selector.get_map().get(self.pipes.pop(pid, -1))
+        for _ in range(16):
+            if not key or not self.log(key.fd, key.data):
+                return
 
     def do_signal(self, pid: int, number: int) -> dict[str, object]:
         self.reap()

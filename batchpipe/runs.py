@@ -1,0 +1,121 @@
+"""What runs keep in an output beside its parts: a folder each, pending pieces, an unfinished run's journal.
+
+From here the driver, `clean` and the watcher's sweep know what a run that ended early left, and discard it.
+"""
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchpipe.journal import read_journal
+from batchpipe.manifest import SplitResult
+from batchpipe.parts import HIDDEN
+from batchpipe.storage import Pending, Store, join, relative
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where a run keeps what is its own, below the output's hidden folder."""
+
+    root: str
+    run_id: str
+
+    @property
+    def uri(self) -> str:
+        """The run's folder."""
+        return join(self.root, HIDDEN, self.run_id)
+
+    def __truediv__(self, name: str) -> str:
+        return join(self.uri, name)
+
+    @property
+    def manifest(self) -> str:
+        """The current manifest: one fixed path for all runs."""
+        return join(self.root, HIDDEN, "manifest.json")
+
+
+def iter_pending(store: Store, folder: RunFolder) -> Iterator[Pending]:
+    """Pieces of this output that are written and not visible. Uploads of other programs in the folder are left alone."""
+    for pending in store.iter_pending(folder.root, staging=folder / "pending"):
+        name = relative(pending.uri, folder.root) if pending.uri else ""
+        if not name or name.startswith(("part-", f"{HIDDEN}/")) or ".out" in name:
+            yield pending
+
+
+def sweep_run(store: Store, folder: RunFolder) -> None:
+    """Discard every pending piece that the run's journal does not name. Its lock must be held."""
+    present = {key(pending): pending for pending in iter_pending(store, folder)}
+    entries = list(read_journal(store, folder / "journal")) if present else []
+    if not any(entry["type"] == "commit" for entry in entries):
+        settled = [SplitResult.from_json(without_type(entry)) for entry in entries if entry["type"] == "split"]
+        discard_all_but(store, present, settled)
+
+
+def discard_run(store: Store, folder: RunFolder) -> None:
+    """Drop an unfinished run: its pending pieces, its journal, its quarantine."""
+    for pending in iter_pending(store, folder):
+        store.discard(pending)
+    store.remove_folder(folder.uri)
+
+
+def discard_all_but(store: Store, present: Mapping[str, Pending], settled: Iterable[SplitResult]) -> None:
+    kept = {key_of(result.piece) for result in settled if result.piece}
+    for key in present.keys() - kept:
+        store.discard(present[key])
+
+
+def without_type(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "type"}
+
+
+def unfinished_runs(store: Store, root: str) -> list[str]:
+    found = store.iter_folder(join(root, HIDDEN))
+    paths = (relative(each.uri, join(root, HIDDEN)).split("/") for each in found)
+    return sorted({path[0] for path in paths if len(path) > 2 and path[1] == "journal"})
+
+
+def start_of(store: Store, folder: RunFolder) -> dict[str, Any] | None:
+    for found in store.iter_folder(folder / "journal"):
+        for line in store.read(found.uri).splitlines():
+            entry = json.loads(line)
+            if entry["type"] == "start":
+                return dict(entry["fingerprint"])
+    return None
+
+
+class PieceSpool:
+    """The pieces of settled splits, kept in a file: a run of any number of splits costs eight bytes of memory each."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w+b")
+        self._places = array("q")
+
+    def add(self, result: SplitResult) -> None:
+        """Remember what a settled split wrote."""
+        missing = result.split + 1 - len(self._places)
+        self._places.extend([-1] * max(missing, 0))
+        self._places[result.split] = self._file.seek(0, 2)
+        objects = [part.object for part in result.ranges]
+        line = {"piece": result.piece, "written": result.accounts.written, "objects": objects}
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for split, place in enumerate(self._places):
+            if place >= 0:
+                self._file.seek(place)
+                yield split, json.loads(self._file.readline())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def key(pending: Pending) -> str:
+    return pending.upload_id or pending.staging
+
+
+def key_of(piece: dict[str, Any]) -> str:
+    return key(Pending.from_json(piece))
