@@ -1,0 +1,181 @@
+"""What every stage whose server we start must do, be it a process or a container: each kind's tests derive from it."""
+
+import json
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchpipe.errors import StageStartError
+from batchpipe.stages import Answer
+from tests.opened_stage import Opened, csv_records
+
+Open = Callable[..., Opened]
+"""``open_server(environment={...}, model_data=..., batch={...}, **keys of the stage)``."""
+
+
+class StageContract:
+    """Derived classes have the fixtures ``open_server`` and ``left``: what the stages started that is still there."""
+
+    def test_server_that_pings_is_invoked(self, open_server: Open):
+        assert open_server().csv("1,2", "3,4") == ["1,2", "3,4"]
+
+    def test_G5_nothing_is_left_after_close(self, open_server: Open, left: Callable[[], list[str]]):
+        stage = open_server()
+        assert left()
+
+        stage.stage.close()
+        stage.stage.close()
+
+        assert not left()
+
+    @pytest.mark.parametrize(
+        ("keys", "expected"),
+        [
+            ({}, ["true", "MULTI_RECORD", "", ""]),
+            ({"batch": {"max_records": 1, "max_payload_mb": 2.5}}, ["true", "SINGLE_RECORD", "3", ""]),
+            ({"max_payload_mb": 6, "max_concurrent_transforms": 2}, ["true", "MULTI_RECORD", "6", "2"]),
+        ],
+    )
+    def test_server_is_told_what_the_job_states(self, open_server: Open, keys: dict[str, Any], expected: list[str]):
+        names = ["BATCH", "BATCH_STRATEGY", "MAX_PAYLOAD_IN_MB", "MAX_CONCURRENT_TRANSFORMS"]
+
+        answer = open_server(**keys).csv("!environment " + " ".join(f"SAGEMAKER_{name}" for name in names))
+
+        assert answer == [",".join(expected)]
+
+    def test_server_has_ports_to_spare_and_the_users_environment(self, open_server: Open):
+        stage = open_server(environment={"LANG_OF_MODEL": "de"})
+
+        port, spare, lang = stage.csv("!environment SAGEMAKER_BIND_TO_PORT SAGEMAKER_SAFE_PORT_RANGE LANG_OF_MODEL")[
+            0
+        ].split(",")
+
+        first, last = map(int, spare.split("-"))
+        assert last - first >= 10
+        assert not first <= int(port) <= last
+        assert lang == "de"
+
+    @pytest.mark.parametrize(
+        ("keys", "concurrency", "payload"),
+        [
+            ({}, 3, 5 << 20),
+            ({"max_concurrent_transforms": 7, "max_payload_mb": 2}, 7, 2 << 20),
+            ({"batch": {"max_concurrent_transforms": 8, "max_payload_mb": 1}}, 8, 1 << 20),
+        ],
+    )
+    def test_advice_stands_where_the_job_states_nothing(
+        self, open_server: Open, keys: dict[str, Any], concurrency: int, payload: int
+    ):
+        advice = {"MaxConcurrentTransforms": 3, "MaxPayloadInMB": 5, "BatchStrategy": "SINGLE_RECORD"}
+
+        stage = open_server(environment={"STAGE_PARAMETERS": json.dumps(advice)}, **keys).stage
+
+        assert (stage.concurrency, stage.max_payload_bytes) == (concurrency, payload)
+        assert stage.advice.as_document() == advice
+        assert stage.exchange.single_record
+
+    def test_model_is_there_to_be_read(self, open_server: Open, tmp_path: Path):
+        (tmp_path / "weights").write_text("w")
+        with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as tar:
+            tar.add(tmp_path / "weights", "weights")
+
+        stage = open_server(model_data=str(tmp_path / "model.tar.gz"))
+
+        assert state_of(stage)["files"] == ["weights"]
+
+    def test_requests_are_in_flight_together(self, open_server: Open):
+        stage = open_server(max_concurrent_transforms=8)
+
+        answers = stage.all_at_once(*[csv_records("!together 8") for _ in range(8)])
+
+        assert all(isinstance(answer, Answer) for answer in answers)
+
+    def test_server_that_exits_before_its_ping_fails_at_once_with_its_log(
+        self, open_server: Open, left: Callable[[], list[str]]
+    ):
+        started = time.monotonic()
+
+        with pytest.raises(
+            StageStartError, match=r"^stage 'stage' did not start: .* exited with code 3 after"
+        ) as error:
+            open_server(environment={"STAGE_EXIT": "3"})
+
+        assert time.monotonic() - started < 10
+        assert "log:   no model for None\n        (last 1 of 1 lines; all in logs/stage.log)" in str(error.value)
+        assert not left()
+
+    def test_server_that_never_pings_is_given_up(self, open_server: Open, left: Callable[[], list[str]]):
+        text = r"did not start: no 200 from /ping within 1 s \(startup_timeout_s\), at last HTTP 503"
+
+        with pytest.raises(StageStartError, match=text):
+            open_server(environment={"STAGE_PING": "503"}, startup_timeout_s=1)
+
+        assert not left()
+
+    def test_waiting_ends_when_another_stage_did_not_start(self, open_server: Open, left: Callable[[], list[str]]):
+        cancelled = threading.Event()
+        threading.Timer(0.3, cancelled.set).start()
+
+        with pytest.raises(StageStartError, match="stage 'stage' was not waited for: another stage did not start"):
+            open_server(environment={"STAGE_PING": "503"}, cancelled=cancelled)
+
+        assert not left()
+
+    def test_server_that_ends_while_it_is_asked_is_gone_for_good(self, open_server: Open):
+        stage = open_server()
+
+        with pytest.raises(StageStartError, match=r"^stage 'stage' is gone: its .* exited with code 5 after") as error:
+            stage.csv("!exit 5")
+
+        assert "log:   serving on " in str(error.value)
+
+    def test_server_that_drops_a_connection_is_not_taken_for_gone(self, open_server: Open):
+        stage = open_server()
+
+        assert stage.failure("!drop").reason == "ConnectionBroken"
+        assert stage.csv("1") == ["1"]
+
+    def test_G5_server_that_ignores_sigterm_is_stopped(self, open_server: Open, left: Callable[[], list[str]]):
+        stage = open_server(environment={"STAGE_IGNORE_TERM": "1"})
+        started = time.monotonic()
+
+        stage.stage.close()
+
+        assert not left()
+        assert time.monotonic() - started < 10
+
+    def test_G7_log_is_kept_with_secrets_masked(self, open_server: Open, tmp_path: Path):
+        stage = open_server(environment={"TOKEN": "s3cr3t-token"})
+        stage.csv("!log the token is s3cr3t-token")
+
+        stage.stage.close()
+
+        assert "the token is ***\n" in (tmp_path / "logs" / "stage.log").read_text()
+        assert "s3cr3t" not in (tmp_path / "logs" / "stage.log").read_text()
+
+    def test_G7_log_in_an_error_is_masked(self, open_server: Open):
+        with pytest.raises(StageStartError, match=r"log:   no model for \*\*\*\n") as error:
+            open_server(environment={"STAGE_EXIT": "1", "TOKEN": "s3cr3t-token"})
+
+        assert "s3cr3t" not in str(error.value)
+
+    def test_flood_of_logs_is_bounded_and_its_end_kept(self, open_server: Open, tmp_path: Path):
+        stage = open_server()
+        stage.csv("!flood 64")
+
+        stage.stage.close()
+
+        log = tmp_path / "logs" / "stage.log"
+        assert log.stat().st_size <= 17 << 20
+        assert log.read_text().endswith("end of the flood\n")
+
+
+def state_of(stage: Opened) -> dict[str, Any]:
+    """What the server sees of itself."""
+    state: dict[str, Any] = json.loads(stage.csv("!state")[0].strip('"').replace('""', '"'))
+    return state
