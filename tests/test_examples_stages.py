@@ -181,7 +181,7 @@ LOAD_MODEL = """
 from flight_delays.stages import Model
 import psutil
 before = psutil.Process().num_threads()
-Model(threads=1)
+model = Model(threads=1)
 print(psutil.Process().num_threads() - before, "threads more")
 """
 
