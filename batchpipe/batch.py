@@ -76,12 +76,13 @@ Records: TypeAlias = ByteRecords | pa.Table
 
 def slice_records(records: Records, start: int, stop: int) -> Records:
     """Records start..stop-1, without copying them."""
-    return records.slice(start, stop) if isinstance(records, ByteRecords) else records.slice(start, stop - start)
+    length = stop if isinstance(records, ByteRecords) else stop - start
+    return records.slice(start, length)
 
 
 def take_records(records: Records, indices: Int64s) -> Records:
     """The records at these places."""
-    return records.take(indices) if isinstance(records, ByteRecords) else records.take(indices)
+    return records.take(indices)
 
 
 def concat_records(parts: Sequence[Records]) -> Records:
@@ -184,9 +185,7 @@ def iter_batches(blocks: Iterable[MiniBatch], max_records: int | None, max_bytes
         yield MiniBatch.concat(waiting)
 
 
-def _fit(
-    block: MiniBatch, max_records: int | None, max_bytes: int, records: int, size: int
-) -> Iterator[MiniBatch]:
+def _fit(block: MiniBatch, max_records: int | None, max_bytes: int, records: int, size: int) -> Iterator[MiniBatch]:
     """Parts of a block, the first of which may fill up a mini-batch that holds ``records`` and ``size`` already."""
     if isinstance(block.records, ByteRecords):
         yield from _fit_bytes(block, max_records, max_bytes, records, size)

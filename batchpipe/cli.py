@@ -241,6 +241,6 @@ def verify(output: str, as_json: bool) -> None:
 @commands.command()
 def schema() -> None:
     """Print the JSON Schema of job files, for editors."""
-    from batchpipe.job_schema import job_schema
+    from batchpipe.jobfile.schema import job_schema
 
     click.echo(json.dumps(job_schema(), indent=2))

@@ -22,7 +22,7 @@ class BatchpipeError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str, *, where: str = "", log: str = "", next: str = "") -> None:  # noqa: A002 - the word users read
+    def __init__(self, message: str, *, where: str = "", log: str = "", next: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.where = where

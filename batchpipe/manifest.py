@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from batchpipe.errors import BatchpipeError
+from batchpipe.errors import BatchpipeError  # noqa: TC001 - the dataclass travels by pickle, whole
 
 SCHEMA_VERSION = 1
 

@@ -100,7 +100,7 @@ def open_piece(place: Place, split: Split, schema: pa.Schema | None) -> Iterator
 def add_source(table: pa.Table, origins: Origins, split: Split) -> pa.Table:
     """Add where each record came from: `_object`, its URI, and `_record`, its place in the object from 0."""
     uris = pa.array([found.object.uri for found in split.ranges], pa.string())
-    objects = uris.take(pa.array(origins.ranges))
+    objects = uris.take(origins.ranges)
     return table.append_column("_object", objects).append_column("_record", pa.array(origins.ordinals))
 
 

@@ -29,7 +29,7 @@ HASHED_WHOLE_BELOW = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The dataset as it was listed: iterate for its objects, in order. `sha256` covers URI, size and version of each."""
+    """The dataset as it was listed: iterate for its objects, in order. `sha256` covers URI, size and version."""
 
     spool: Path
     count: int

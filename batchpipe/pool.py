@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import dask
 import distributed
@@ -71,7 +71,7 @@ class Pool:
         """Run one task and return its result, again on another worker if it loses its own."""
         once = iter([function])
         for _, result in self.stream(_call, lambda _: next(once, None), *args):
-            return result
+            return cast("Result", result)
         msg = "a task ended without a result"
         raise PoolError(msg)
 
@@ -87,8 +87,8 @@ class Pool:
         `take` is asked again whenever a place is free; an empty task means that none waits now. A task that loses
         its worker runs again. Raises what a task raised, and PoolError when workers are lost beyond retry.
         """
-        done: queue.SimpleQueue[distributed.Future] = queue.SimpleQueue()
-        running: dict[str, tuple[distributed.Future, Task, int]] = {}
+        done: queue.SimpleQueue[distributed.Future[Any]] = queue.SimpleQueue()
+        running: dict[Any, tuple[distributed.Future[Any], Task, int]] = {}
 
         def submit(task: Task, lost: int) -> None:
             future = self._client.submit(_run, self._gauge, function, task, *args, pure=False)
@@ -127,7 +127,7 @@ class Pool:
             self._seen_at = time.monotonic()
         return self._seen
 
-    def _next_done(self, done: "queue.SimpleQueue[distributed.Future]", on_tick: Callable[[], None]) -> Any:
+    def _next_done(self, done: "queue.SimpleQueue[distributed.Future[Any]]", on_tick: Callable[[], None]) -> Any:
         try:
             return done.get(timeout=TICK_S)
         except queue.Empty:
@@ -202,7 +202,7 @@ def _open_local(processes: WorkerProcesses, release: contextlib.ExitStack) -> Cl
     tls = security.get_tls_config_for_role("worker")
     pem = {"tls_ca_file": tls["ca_file"], "tls_worker_cert": tls["cert"], "tls_worker_key": tls["key"]}
     processes.join_cluster(cluster.scheduler_address, pem)
-    client = release.enter_context(Client(cluster, set_as_default=False))
+    client: Client = release.enter_context(Client(cluster, set_as_default=False))
     release.callback(processes.stop)
     return client
 
@@ -211,10 +211,11 @@ def _open_foreign(compute: ComputeSpec, release: contextlib.ExitStack) -> Client
     if isinstance(compute.cluster, ClusterByAddress):
         address = compute.cluster.address
         try:
-            return release.enter_context(Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False))
+            client: Client = release.enter_context(Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False))
         except (OSError, TimeoutError, ValueError) as error:
             msg = f"no Dask scheduler answers at {address}: {error}"
             raise PoolError(msg, next="compute.cluster.address must name a running scheduler") from error
+        return client
     assert isinstance(compute.cluster, ClusterByClass)
     module, _, name = compute.cluster.class_.replace(":", ".").rpartition(".")
     try:
@@ -228,7 +229,8 @@ def _open_foreign(compute: ComputeSpec, release: contextlib.ExitStack) -> Client
             cluster.scale(count)
         case WorkerRange(minimum=minimum, maximum=maximum):
             cluster.adapt(minimum=minimum, maximum=maximum)
-    return release.enter_context(Client(cluster, set_as_default=False))
+    client = release.enter_context(Client(cluster, set_as_default=False))
+    return client
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ class WorkerProcesses:
         return ""
 
     def stop(self) -> None:
-        """Kill all workers: whatever they hold is pending and either journaled or given up. Waits until they are gone."""
+        """Kill all workers, and wait until they are gone: what they hold is pending, and journaled or given up."""
         self._closing.set()
         if self._guard.ident:
             self._guard.join()

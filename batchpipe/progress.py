@@ -15,7 +15,10 @@ LOG_EVERY_S = 10.0
 
 
 def choose_progress(mode: str, resume: str, stream: TextIO = sys.stderr) -> OnProgress:
-    """The callback for ``auto``, ``bar``, ``log`` or ``none``; auto is a bar on a terminal. `resume` is the command to type again."""
+    """The callback for ``auto``, ``bar``, ``log`` or ``none``; auto is a bar on a terminal.
+
+    `resume` is the command that a person types to go on.
+    """
     if mode == "auto":
         mode = "bar" if stream.isatty() else "log"
     if mode == "none":
@@ -108,21 +111,19 @@ class Bar:
                 leave=False,
                 mininterval=0.1,
             )
-        done = min(progress.tally.bytes_read + max(progress.bytes_at_work, 0), self._bar.total)
+        total = max(progress.bytes, 1)
+        done = min(progress.tally.bytes_read + max(progress.bytes_at_work, 0), total)
         elapsed = self._bar.format_dict["elapsed"]
-        self._bar.n = max(done, self._bar.n)
+        self._bar.n = done
         figures = _figures(progress, elapsed, self._kept)
         self._bar.set_postfix_str(
-            f"{figures['records']:,} records  {_short(figures['per_s'])}/s  eta {self._eta(elapsed)}"
+            f"{figures['records']:,} records  {_short(figures['per_s'])}/s  eta {_eta(done - self._bar.initial, total - done, elapsed)}"
             f"  failed {figures['failed']:,}  workers {progress.workers}"
         )
 
-    def _eta(self, elapsed: float) -> str:
-        assert self._bar is not None
-        moved = self._bar.n - self._bar.initial
-        if moved <= 0:
-            return "?"
-        return format_seconds((self._bar.total - self._bar.n) * elapsed / moved)
+
+def _eta(moved: float, left: float, elapsed: float) -> str:
+    return format_seconds(left * elapsed / moved) if moved > 0 else "?"
 
 
 def _figures(progress: Progress, elapsed: float, kept: int = 0) -> dict[str, int]:

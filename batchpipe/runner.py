@@ -1,4 +1,4 @@
-"""A run as a list of steps: what `batchpipe run` and the Python interface do. Everything opened here is released here."""
+"""A run as a list of steps: what `batchpipe run` and the Python interface do. What is opened here is released here."""
 
 import contextlib
 import importlib.metadata
@@ -180,7 +180,7 @@ class Run:
         return self.output.publish(self._manifest(tally), self._input_rows(inputs, tally))
 
     def _orders(self, pool: "Pool") -> Orders:
-        """What tasks are told, the schemas among it: proved by the first mini-batch, or journaled by an earlier start."""
+        """What tasks are told. The schemas in it are proved by the first mini-batch, now or in an earlier start."""
         output, limit = self.output, self.job.on_error.max_failed_records
         place = Place(
             self.job, self.run_id, output.part_prefix, f"{self.run_id}-{output.journal.epoch}-{uuid4().hex[:8]}"

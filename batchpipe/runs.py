@@ -38,7 +38,7 @@ class RunFolder:
 
 
 def iter_pending(store: Store, folder: RunFolder) -> Iterator[Pending]:
-    """Pieces of this output that are written and not visible. Uploads of other programs in the folder are left alone."""
+    """Pieces of this output that are written and not visible. Uploads of other programs there are left alone."""
     for pending in store.iter_pending(folder.root, staging=folder / "pending"):
         name = relative(pending.uri, folder.root) if pending.uri else ""
         if not name or name.startswith(("part-", f"{HIDDEN}/")) or ".out" in name:
@@ -62,22 +62,26 @@ def discard_run(store: Store, folder: RunFolder) -> None:
 
 
 def discard_all_but(store: Store, present: Mapping[str, Pending], settled: Iterable[SplitResult]) -> None:
+    """Discard the present pieces that none of the settled splits wrote."""
     kept = {key_of(result.piece) for result in settled if result.piece}
     for key in present.keys() - kept:
         store.discard(present[key])
 
 
 def without_type(entry: dict[str, Any]) -> dict[str, Any]:
+    """A journal entry's own values."""
     return {key: value for key, value in entry.items() if key != "type"}
 
 
 def unfinished_runs(store: Store, root: str) -> list[str]:
+    """Ids of runs that have a journal: it is there until the run is published."""
     found = store.iter_folder(join(root, HIDDEN))
     paths = (relative(each.uri, join(root, HIDDEN)).split("/") for each in found)
     return sorted({path[0] for path in paths if len(path) > 2 and path[1] == "journal"})
 
 
 def start_of(store: Store, folder: RunFolder) -> dict[str, Any] | None:
+    """The fingerprint that an unfinished run began with."""
     for found in store.iter_folder(folder / "journal"):
         for line in store.read(found.uri).splitlines():
             entry = json.loads(line)
@@ -114,8 +118,10 @@ class PieceSpool:
 
 
 def key(pending: Pending) -> str:
+    """What tells pending pieces apart: the upload on S3, the staging file elsewhere."""
     return pending.upload_id or pending.staging
 
 
 def key_of(piece: dict[str, Any]) -> str:
+    """The key of a piece as it was journaled."""
     return key(Pending.from_json(piece))

@@ -85,7 +85,7 @@ class Schedule:
         return self.tally.settled == self.tally.splits
 
     def take(self, slots: int) -> tuple[Split, ...]:
-        """The next run of consecutive splits for one of `slots` places that work at the same time; empty if none waits."""
+        """The next run of consecutive splits, for one of `slots` places that work side by side; empty if none waits."""
         if self._again:
             taken = [self._again.popleft()]
         else:

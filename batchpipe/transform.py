@@ -207,7 +207,7 @@ def infer_input(splits: Iterable[Split], job: Job) -> InputSchema | None:
 
 
 def run_chain(job: Job, table: Records) -> Outcome:
-    """Send records through the stages of a job, here and now, without Dask or files: for tests of stages and for `check`.
+    """Send records through the stages of a job, here and now, without Dask or files: for tests of stages.
 
     Raises StageStartError or JobError where a stage cannot be opened; records that fail are in the outcome.
     """

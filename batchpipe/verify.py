@@ -1,4 +1,4 @@
-"""Recompute what a manifest promises: every checksum, size and count of the published parts, and that no part is foreign."""
+"""Recompute what a manifest promises: checksums, sizes and counts of the published parts, and that none is foreign."""
 
 import hashlib
 import json
@@ -86,7 +86,7 @@ def count_records(file: IO[bytes], found: InputObject, output_format: str) -> in
     """Records in an output file; None for raw, whose records have no marks of their own."""
     if output_format == "raw" or not found.size:
         return None
-    spec = InputSpec(uri=(found.uri,), format=output_format)
+    spec = InputSpec.model_validate({"uri": [found.uri], "format": output_format})
     form = FORMATS[output_format]
     reader = form.open_range(file, Range(found, 0, WHOLE), 0, spec, form.infer_schema([(found, file)], spec))
     return sum(len(batch) for batch in reader)

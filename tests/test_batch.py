@@ -1,5 +1,7 @@
 """Mini-batches: cut greedily by count and exact bytes, every record in exactly one, in order."""
 
+from itertools import pairwise
+
 import numpy as np
 import pyarrow as pa
 from hypothesis import given
@@ -16,7 +18,7 @@ def in_blocks(values: list[bytes], cuts: list[int]) -> list[MiniBatch]:
     places = [0, *sorted({cut % (len(values) + 1) for cut in cuts}), len(values)]
     whole = ByteRecords.of(values)
     block = MiniBatch(whole, Origins.of_range(0, 0, whole.starts))
-    return [block.slice(start, stop) for start, stop in zip(places, places[1:], strict=False)]
+    return [block.slice(start, stop) for start, stop in pairwise(places)]
 
 
 def greedy(values: list[bytes], most: int | None, size: int) -> list[list[bytes]]:

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from batchpipe.job import Job, fingerprint_document
-from batchpipe.job_schema import job_schema
+from batchpipe.jobfile.schema import job_schema
 from batchpipe.redact import secrets_of
 from batchpipe.specs.arrow_types import ARROW_TYPES, arrow_type, check_arrow_type
 
@@ -258,7 +258,7 @@ def test_arrow_types_with_parameters():
 
 
 def test_models_are_imported_without_the_data_libraries():
-    code = "import sys, batchpipe.jobfile, batchpipe.job_schema; print(*sys.modules)"
+    code = "import sys, batchpipe.jobfile, batchpipe.jobfile.schema; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
 
     assert not {"pyarrow", "pandas", "numpy", "dask", "distributed", "fsspec", "s3fs", "click"} & set(loaded)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchpipe.variables import fill_variables, variable_values
-from batchpipe.yaml_text import Unquoted, read_scalar
+from batchpipe.jobfile.variables import fill_variables, variable_values
+from batchpipe.jobfile.yaml_text import Unquoted, read_scalar
 
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]*", fullmatch=True).filter(lambda name: name != "run_id")
 

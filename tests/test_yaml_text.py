@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchpipe.yaml_text import YamlTextError, read_scalar, read_yaml
+from batchpipe.jobfile.yaml_text import YamlTextError, read_scalar, read_yaml
 
 # PyYAML takes no DEL, JSON writes it as it is; and a key of more than 1,024 characters is no simple key.
 TEXT = st.text(st.characters(exclude_characters="\x7f", exclude_categories=["Cs"]), max_size=200)

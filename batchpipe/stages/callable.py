@@ -27,12 +27,20 @@ if TYPE_CHECKING:
 class CallableStage:
     """An open callable. Entered by one dedicated thread, never twice at once, unless the job says `thread_safe`."""
 
-    def __init__(self, name: str, function: Callable[..., Any], threads: ThreadPoolExecutor, *, may_drop: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        kind: convert.Kind,
+        *,
+        may_drop: bool,
+        threads: ThreadPoolExecutor,
+    ) -> None:
         self.name = name
         self.concurrency = threads._max_workers  # the executor has no public word for it
+        self.takes_table = kind.is_tabular
         self._function = function
-        self._kind = convert.wanted(_annotation(function))
-        self.takes_table = self._kind.is_tabular
+        self._kind = kind
         self._may_drop = may_drop
         self._threads = threads
 
@@ -111,11 +119,14 @@ def open_callable(stage: "StageSpec", job: "Job", context: StageContext) -> Call
         threads.shutdown(wait=False)
         msg = f"stage {stage.name!r} did not start: {type(error).__name__}: {error}"
         raise StageStartError(msg, where=user_location(error)) from error
-    if not callable(function):
+    try:
+        if not callable(function):
+            raise TypeError(f"cannot be called: {stage.callable!r} is a {_describe(function)}")
+        kind = convert.wanted(_annotation(function))
+    except TypeError as error:
         threads.shutdown(wait=False)
-        msg = f"stage {stage.name!r} cannot be called: {stage.callable!r} is a {_describe(function)}"
-        raise JobError(msg, where=_defined_at(target))
-    return CallableStage(stage.name, function, threads, may_drop=stage.may_drop)
+        raise JobError(f"stage {stage.name!r} {error}", where=_defined_at(target)) from error
+    return CallableStage(stage.name, function, kind, may_drop=stage.may_drop, threads=threads)
 
 
 def _construct(target: Any, params: Mapping[str, Any]) -> Any:
@@ -169,14 +180,14 @@ def _is_user_code(filename: str) -> bool:
 
 def _annotation(function: Callable[..., Any]) -> Any:
     """What the first parameter is annotated with; None where it is not."""
-    call = function if inspect.isroutine(function) or isinstance(function, functools.partial) else function.__call__
     try:
-        parameters = list(inspect.signature(call, eval_str=True).parameters.values())
-    except (NameError, ValueError, TypeError):
+        signature = inspect.signature(function, eval_str=True)
+    except NameError:  # a name that only type checkers import: its text says enough
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # a builtin without a signature
         return None
-    if not parameters or parameters[0].annotation is inspect.Parameter.empty:
-        return None
-    return parameters[0].annotation
+    first = next(iter(signature.parameters.values()), None)
+    return None if first is None or first.annotation is inspect.Parameter.empty else first.annotation
 
 
 def _defined_at(target: Any) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from batchpipe.errors import JobError
-from batchpipe.problems import dotted, stage_labels
+from batchpipe.jobfile.problems import dotted, stage_labels
+from batchpipe.jobfile.yaml_text import Place, Unquoted, YamlTextError, read_scalar, read_yaml
 from batchpipe.specs.spec import did_you_mean
-from batchpipe.yaml_text import Place, Unquoted, YamlTextError, read_scalar, read_yaml
 
 Settings = Sequence[str] | Mapping[str, Any]
 """`KEY=VALUE` texts, or values by key; keys are dotted, with stages by name."""

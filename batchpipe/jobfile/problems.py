@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from batchpipe.errors import JobError
 from batchpipe.job import MAX_STAGES, Job
+from batchpipe.jobfile.yaml_text import Place, read_scalar
 from batchpipe.redact import SECRET_KEYS, clean_uri
 from batchpipe.specs.spec import Spec, did_you_mean
 from batchpipe.specs.stage import STAGE_KINDS, stage_names
-from batchpipe.yaml_text import Place, read_scalar
 
 MAX_PROBLEMS = 10
 """As many as are listed at once; the rest are counted."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from batchpipe.yaml_text import Place, Unquoted, read_scalar
+from batchpipe.jobfile.yaml_text import Place, Unquoted, read_scalar
 
 RUN_ID = "${run_id}"
 """Stands for the run id until that is known."""

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from batchpipe.errors import JobError
 from batchpipe.job import Job, is_uri
-from batchpipe.problems import Problems, show
-from batchpipe.settings import Settings, apply_settings
-from batchpipe.variables import RUN_ID, fill_variables, variable_values
-from batchpipe.yaml_text import Place, YamlTextError, read_yaml
+from batchpipe.jobfile.problems import Problems, show
+from batchpipe.jobfile.settings import Settings, apply_settings
+from batchpipe.jobfile.variables import RUN_ID, fill_variables, variable_values
+from batchpipe.jobfile.yaml_text import Place, YamlTextError, read_yaml
 
 MAX_FILE_BYTES = 1_048_576
 """Far above any job file, far below what a wrong path (a dataset, a device) may hold."""
