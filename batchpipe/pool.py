@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
 import dask
@@ -155,12 +156,16 @@ class Pool:
 
 
 @contextlib.contextmanager
-def open_pool(compute: ComputeSpec, processes: WorkerProcesses | None, lease: "Lease", gauge: Gauge) -> Iterator[Pool]:
+def open_pool(
+    compute: ComputeSpec, processes: WorkerProcesses | None, lease: "Lease", gauge: Gauge, scratch: Path
+) -> Iterator[Pool]:
     """Connect to the job's workers: the local `processes`, or the cluster that the job names.
 
     Raises PoolError if no worker comes, JobError if the cluster's class cannot be imported.
     """
     with contextlib.ExitStack() as release:
+        # A scheduler makes a folder too and leaves it: in our scratch it goes with the rest.
+        release.enter_context(dask.config.set({"temporary-directory": str(scratch)}))
         if processes is not None:
             client = _open_local(processes, release)
         else:
@@ -196,7 +201,12 @@ def _open_local(processes: WorkerProcesses, release: contextlib.ExitStack) -> Cl
     release.enter_context(dask.config.set(settings))
     cluster = release.enter_context(
         LocalCluster(
-            n_workers=0, processes=True, security=security, dashboard_address=None, silence_logs=logging.CRITICAL
+            n_workers=0,
+            processes=True,
+            security=security,
+            silence_logs=logging.CRITICAL,
+            # The HTTP server cannot be left out, only its routes: a free port, so that two runs are not in each other's way.
+            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
         )
     )
     tls = security.get_tls_config_for_role("worker")

@@ -288,7 +288,7 @@ def open_workers(job: Job, run_id: str, splits: int, scratch: Path, watcher: Wat
     from batchpipe.pool import Lease, open_pool  # the slowest import of all, after the workers have begun theirs
 
     lease = Lease(renew_lease, close_worker_chain, (run_id,))
-    with open_pool(job.compute, processes, lease, read_gauge) as pool:
+    with open_pool(job.compute, processes, lease, read_gauge, scratch) as pool:
         yield pool
 
 
