@@ -100,7 +100,7 @@ def iter_splits(inputs: Inputs, job: Job, split_bytes: int) -> Iterator[Split]:
     """
     index, waiting, size = 0, list[Range](), 0
     for found in inputs:
-        cuts = _cuts(found, job.input, split_bytes)
+        cuts = _cuts(found, job, split_bytes)
         alone = len(cuts) > 1 or job.output.layout == "mirror"
         if waiting and (alone or size + found.size > split_bytes or len(waiting) >= MAX_OBJECTS_PER_SPLIT):
             yield Split(index, tuple(waiting))
@@ -115,9 +115,11 @@ def iter_splits(inputs: Inputs, job: Job, split_bytes: int) -> Iterator[Split]:
         yield Split(index, tuple(waiting))
 
 
-def _cuts(found: InputObject, spec: InputSpec, split_bytes: int) -> list[Range]:
-    if found.size <= split_bytes:
+def _cuts(found: InputObject, job: Job, split_bytes: int) -> list[Range]:
+    # Who writes each record's place in its object must read the object from its first record on.
+    if found.size <= split_bytes or job.output.add_source:
         return [Range(found, 0, WHOLE)]
+    spec = job.input
     store = open_store(found.uri, spec.storage_options)
     cuts = FORMATS[spec.format].iter_cuts(
         lambda: store.open(found.uri, size=found.size, version=found.version), found, split_bytes, spec

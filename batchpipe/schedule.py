@@ -2,7 +2,7 @@
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from batchpipe.manifest import Accounts, Failure, SplitFailed, SplitResult, StageStats
@@ -56,6 +56,14 @@ class Tally:
             self.objects[place] += number
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Where a settled split's records end in its object, and how many the object has up to there (None: unknown)."""
+
+    offset: int
+    records: int | None
+
+
 class Schedule:
     """Hands out splits in runs worth about a second of work, and takes their results until all have settled.
 
@@ -66,8 +74,7 @@ class Schedule:
     def __init__(self, splits: Iterable[Split], count: int, journaled: Iterable[SplitResult] = ()) -> None:
         self.tally = Tally(splits=count)
         self._settled = bytearray(count)
-        self._records = array("q", [-1]) * count
-        self._ends: dict[int, int] = {}
+        self._ends: dict[int, _End] = {}
         for result in journaled:
             self._count(result)
         self._ends = {
@@ -112,17 +119,6 @@ class Schedule:
             yield from self._settle_from(outcome.split)
         self.give_back(split for split in task if split.index in self._running and split.index not in self._held)
 
-    def records_before(self, split: int, is_same_object: Callable[[int], bool]) -> int | None:
-        """Records in earlier splits of the same object, None while one of them has not settled."""
-        total = 0
-        for earlier in range(split - 1, -1, -1):
-            if not is_same_object(earlier):
-                break
-            if self._records[earlier] < 0:
-                return None
-            total += self._records[earlier]
-        return total
-
     def _settle_from(self, index: int) -> Iterator[SplitResult]:
         while index in self._held:
             split, outcome = self._running[index], self._held[index]
@@ -135,9 +131,8 @@ class Schedule:
                 return
             if isinstance(outcome, SplitFailed):
                 raise outcome.error
-            self._count(outcome)
             self._seconds_per_split += 0.2 * (outcome.seconds - self._seconds_per_split)
-            yield outcome
+            yield self._count(outcome)
             index += 1
 
     def _prove(self, split: Split, outcome: SplitResult | SplitFailed) -> Split | None:
@@ -148,16 +143,22 @@ class Schedule:
         end = self._ends.get(split.index - 1)
         if end is None:
             return None
-        if isinstance(outcome, SplitResult) and outcome.ranges[0].first == end:
+        if isinstance(outcome, SplitResult) and outcome.ranges[0].first == end.offset:
             return split
-        return replace(split, ranges=(replace(first, start=end, exact=True),))
+        return replace(split, ranges=(replace(first, start=end.offset, exact=True),))
 
-    def _count(self, result: SplitResult) -> None:
-        if self._settled[result.split]:
-            return
+    def _count(self, result: SplitResult) -> SplitResult:
+        """Settle a result: count it, and number its failed records within their objects where that is known."""
+        before = self._ends.pop(result.split - 1, None)
+        last = result.ranges[-1] if result.ranges else None
+        if last is not None:
+            continues = len(result.ranges) == 1 and last.start > 0
+            records = before.records if before and continues else None if continues else 0
+            so_far = None if records is None else records + last.accounts.read
+            self._ends[result.split] = _End(last.next_start, so_far)
+            if records is not None:
+                failures = (replace(failure, record=records + failure.ordinal) for failure in result.failures)
+                result = replace(result, failures=tuple(failures))
         self._settled[result.split] = 1
         self.tally.add(result)
-        self._records[result.split] = result.accounts.read
-        self._ends.pop(result.split - 1, None)
-        if result.ranges:
-            self._ends[result.split] = result.ranges[-1].next_start
+        return result
