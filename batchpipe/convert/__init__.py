@@ -10,12 +10,14 @@ from batchpipe.convert.cast import CastError, cast_table, output_schema
 from batchpipe.convert.csv import CsvDialect, csv_to_table, infer_csv
 from batchpipe.convert.jsonl import infer_jsonl, jsonl_to_table
 from batchpipe.convert.parsed import BadRecord, Parsed
-from batchpipe.convert.schema import InputSchema, NoCommonTypeError, plain_schema, widen_fields
+from batchpipe.convert.schema import Column, Field, InputSchema, NoCommonTypeError, plain_schema, widen_fields
 
 __all__ = [
     "BadRecord",
     "CastError",
+    "Column",
     "CsvDialect",
+    "Field",
     "InputSchema",
     "Kind",
     "NoCommonTypeError",

@@ -6,13 +6,14 @@ pandas' nullable ones, whether a null is there or not.
 
 import enum
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from batchpipe.batch import ByteRecords, Records
+from batchpipe.convert.schema import Column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,22 +53,23 @@ def wanted(annotation: Any) -> Kind:
 
 
 def _kind_of_type(annotation: Any) -> Kind | None:
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     # By name, so that pandas is not imported to be told from something else.
     name = f"{getattr(annotation, '__module__', '')}.{getattr(annotation, '__qualname__', '')}"
     if name.startswith("pandas.") and name.endswith(".DataFrame"):
         return Kind.DATAFRAME
-    if annotation is pa.Table:
-        return Kind.TABLE
-    if annotation is bytes:
-        return Kind.BODY
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and inner[0] is str:
-        return Kind.ARRAYS if inner[1] is np.ndarray or typing.get_origin(inner[1]) is np.ndarray else None
-    if origin is list or (isinstance(origin, type) and origin.__name__ == "Sequence"):
-        if inner[0] is bytes:
-            return Kind.LIST
-        if inner[0] is dict or typing.get_origin(inner[0]) is dict:
-            return Kind.DICTS
+    plain = {pa.Table: Kind.TABLE, bytes: Kind.BODY}
+    return plain[annotation] if annotation in plain else _kind_of_generic(annotation)
+
+
+def _kind_of_generic(annotation: Any) -> Kind | None:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if not isinstance(origin, type) or not inner:
+        return None
+    held = typing.get_origin(inner[-1]) or inner[-1]
+    if issubclass(origin, Mapping):
+        return Kind.ARRAYS if inner[0] is str and held is np.ndarray else None
+    if issubclass(origin, Sequence) and origin is not tuple:
+        return {bytes: Kind.LIST, dict: Kind.DICTS}.get(held)
     return None
 
 
@@ -114,22 +116,20 @@ def to_dataframe(table: pa.Table) -> "pd.DataFrame":
     if not table.num_columns:
         return pd.DataFrame(index=pd.RangeIndex(len(table)))
     nullable = {
-        pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(), pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype(),
-        pa.uint8(): pd.UInt8Dtype(), pa.uint16(): pd.UInt16Dtype(), pa.uint32(): pd.UInt32Dtype(),
-        pa.uint64(): pd.UInt64Dtype(), pa.bool_(): pd.BooleanDtype(),
+        pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(), pa.int32(): pd.Int32Dtype(),
+        pa.int64(): pd.Int64Dtype(), pa.uint8(): pd.UInt8Dtype(), pa.uint16(): pd.UInt16Dtype(),
+        pa.uint32(): pd.UInt32Dtype(), pa.uint64(): pd.UInt64Dtype(), pa.bool_(): pd.BooleanDtype(),
     }  # fmt: skip
     strict = [field.name for field in table.schema if not field.nullable and field.type in nullable]
     frame = table.replace_schema_metadata(None).to_pandas(types_mapper=nullable.get, date_as_object=False)
     return frame.astype({name: table.schema.field(name).type.to_pandas_dtype() for name in strict}) if strict else frame
 
 
-def _to_array(column: "pa.ChunkedArray[Any]", name: str) -> np.ndarray[Any, Any]:
+def _to_array(column: Column, name: str) -> np.ndarray[Any, Any]:
     """Return a column as an array whose dtype depends on its type alone."""
     kind = column.type
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], kind)
-    if pa.types.is_fixed_size_list(kind) and not array.null_count:
+    array: Any = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], kind)
+    if isinstance(kind, pa.FixedSizeListType) and not array.null_count:
         return np.asarray(array.flatten()).reshape(len(array), kind.list_size)
     if (pa.types.is_integer(kind) or pa.types.is_boolean(kind)) and array.null_count:
         raise ValueError(
@@ -138,4 +138,4 @@ def _to_array(column: "pa.ChunkedArray[Any]", name: str) -> np.ndarray[Any, Any]
         )
     if pa.types.is_null(kind):
         return np.full(len(array), None, object)
-    return array.to_numpy(zero_copy_only=False)
+    return np.asarray(array.to_numpy(zero_copy_only=False))

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchpipe.convert.parsed import shown
-from batchpipe.convert.schema import plain_field, plain_schema, plain_type
+from batchpipe.convert.schema import Column, Field, plain_field, plain_schema, plain_type
 from batchpipe.specs.arrow_types import arrow_type
 
 
@@ -75,7 +75,7 @@ def _check_names(table: pa.Table, schema: pa.Schema) -> None:
         raise CastError(msg, unknown[0])
 
 
-def _cast_column(column: "pa.ChunkedArray[pa.Scalar]", field: "pa.Field[pa.DataType]") -> "pa.ChunkedArray[pa.Scalar]":
+def _cast_column(column: Column, field: Field) -> Column:
     if not field.nullable and column.null_count:
         index = int(pc.index(pc.is_null(column), True).as_py())
         raise CastError(f"a null in column {field.name!r}, which the output does not allow", field.name, index, "null")
@@ -98,7 +98,7 @@ def _cast_column(column: "pa.ChunkedArray[pa.Scalar]", field: "pa.Field[pa.DataT
     )
 
 
-def _cast(column: "pa.ChunkedArray[pa.Scalar]", kind: pa.DataType) -> "pa.ChunkedArray[pa.Scalar]":
+def _cast(column: Column, kind: pa.DataType) -> Column:
     # Text is not read as numbers, nor numbers written as text: such an answer is a mistake, not a variant.
     have = plain_type(column.type)
     if _is_text(have) != _is_text(kind) and not pa.types.is_null(have):
@@ -115,7 +115,7 @@ def _is_text(kind: pa.DataType) -> bool:
     )
 
 
-def _first_misfit(column: "pa.ChunkedArray[pa.Scalar]", kind: pa.DataType) -> int:
+def _first_misfit(column: Column, kind: pa.DataType) -> int:
     """Return the place of the first value that alone cannot be cast, found by halving."""
     start, stop = 0, len(column)
     while stop - start > 1:

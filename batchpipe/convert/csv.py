@@ -5,15 +5,15 @@ an unclosed quote that swallows the next.
 """
 
 from dataclasses import dataclass
+from typing import IO, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
-from numpy.typing import NDArray
 
 from batchpipe.batch import ByteRecords
 from batchpipe.convert.parsed import BadRecord, Parsed, UnparsedError, fitting_type, parse_halving, shown
-from batchpipe.convert.schema import InputSchema
+from batchpipe.convert.schema import Field, InputSchema
 from batchpipe.job import InputSpec
 
 _NEWLINE, _RETURN = 10, 13
@@ -30,7 +30,7 @@ class CsvDialect:
 
     @classmethod
     def of(cls, spec: InputSpec, encoding: str) -> "CsvDialect":
-        """Return the dialect an input block states; ``encoding`` is that of the records, which may have been transcoded."""
+        """Return the dialect that an input block states, for records in ``encoding`` (which may be another)."""
         return cls(spec.delimiter, spec.quote, spec.null_values, encoding)
 
 
@@ -44,20 +44,25 @@ def csv_to_table(records: ByteRecords, columns: InputSchema, dialect: CsvDialect
     return parse_halving(records, parser.attempt, parser.explain)
 
 
-def infer_csv(records: ByteRecords, names: tuple[str, ...], wanted: list[str], dialect: CsvDialect) -> list[pa.Field]:
+def infer_csv(records: ByteRecords, names: tuple[str, ...], wanted: list[str], dialect: CsvDialect) -> list[Field]:
     """Return the wanted columns with the types that Arrow's parser infers from these records.
 
-    Rows with a wrong number of fields are passed over; a column that holds bytes that are not text is a string here,
-    so that its records fail when they are read.
+    Rows with a wrong number of fields are passed over, and what is not text counts as text: it fails when it is read.
+    Raises UnicodeDecodeError where the records are not of the dialect's encoding (but for UTF-8).
     """
     if not len(records) or not wanted:
         return [pa.field(name, pa.null()) for name in wanted]
-    parse = pacsv.ParseOptions(invalid_row_handler=lambda _: "skip")
-    found = _read(records, names, dialect, _convert_options(dialect, {}, include=wanted), parse).schema
-    return [
-        pa.field(name, pa.string() if pa.types.is_binary(kind) else kind)
-        for name, kind in zip(found.names, found.types, strict=True)
-    ]
+    table, _ = _read(_as_text(records, dialect), names, dialect, _convert_options(dialect, {}, include=wanted))
+    return list(table.schema)
+
+
+def can_hold(kind: pa.DataType) -> bool:
+    """Whether CSV fields can be read as this type."""
+    try:
+        _read(ByteRecords.of([b"\n"]), ("x",), CsvDialect(), _convert_options(CsvDialect(), {"x": kind}))
+    except pa.ArrowNotImplementedError:
+        return False
+    return True
 
 
 @dataclass
@@ -69,57 +74,51 @@ class _CsvParser:
         """Parse at once; ragged rows are passed over and named."""
         if not len(records):
             return self.columns.schema.empty_table(), {}
-        body = records.body()
-        if len(records) > 1 and _has_lone_return(body):
+        if len(records) > 1 and _has_lone_return(records.body()):
             raise UnparsedError
-        ragged: dict[int, str] = {}
-
-        def note(row: pacsv.InvalidRow) -> str:
-            ragged[row.number - 1] = self._ragged_reason(row.actual_columns)
-            return "skip"
-
         schema = self.columns.schema
         types = dict(zip(schema.names, schema.types, strict=True))
         convert = _convert_options(self.dialect, types, include=schema.names)
-        parse = pacsv.ParseOptions(invalid_row_handler=note)
         try:
-            table = _read(records, self.columns.columns, self.dialect, convert, parse)
+            table, ragged = _read(records, self.columns.columns, self.dialect, convert)
         except (pa.ArrowInvalid, UnicodeDecodeError) as error:
             raise UnparsedError from error
         if table.num_rows + len(ragged) != len(records) or self._ends_open(records):
             raise UnparsedError
-        return table, ragged
+        return table, {place: self._ragged_reason(count) for place, count in ragged.items()}
 
     def explain(self, record: ByteRecords) -> BadRecord:
         """Say why a record that stands alone cannot be parsed."""
         if self._ends_open(record):
             return BadRecord(0, "has a quote that is never closed")
-        text = {name: pa.binary() for name in self.columns.columns}
-        rows: list[int] = []
-        parse = pacsv.ParseOptions(invalid_row_handler=lambda row: rows.append(row.actual_columns) or "skip")
+        names = self.columns.columns
+        as_bytes: dict[str, pa.DataType] = dict.fromkeys(names, pa.binary())
         try:
-            raw = _read(record, self.columns.columns, self.dialect, _convert_options(self.dialect, text), parse)
+            raw, ragged = _read(
+                _as_text(record, self.dialect), names, self.dialect, _convert_options(self.dialect, as_bytes)
+            )
         except UnicodeDecodeError as error:
             return BadRecord(0, f"is not {self.dialect.encoding}: {error.reason} (input.encoding)")
         except pa.ArrowInvalid as error:
             return BadRecord(0, f"cannot be parsed: {error}")
-        if raw.num_rows + len(rows) != 1:
+        if raw.num_rows + len(ragged) != 1:
             return BadRecord(0, "holds a carriage return outside quotes (lines end with a newline)")
-        if rows:
-            return BadRecord(0, self._ragged_reason(rows[0]))
-        return self._misfit(record, raw)
+        if ragged:
+            return BadRecord(0, self._ragged_reason(ragged[0]))
+        return self._misfit(record)
 
-    def _misfit(self, record: ByteRecords, raw: pa.Table) -> BadRecord:
+    def _misfit(self, record: ByteRecords) -> BadRecord:
         for found in self.columns.schema:
-            convert = _convert_options(self.dialect, {found.name: found.type}, include=[found.name])
+            kinds: list[dict[str, pa.DataType]] = [{found.name: found.type}, {found.name: pa.binary()}]
+            options, as_bytes = (_convert_options(self.dialect, kind, include=[found.name]) for kind in kinds)
             try:
-                _read(record, self.columns.columns, self.dialect, convert, pacsv.ParseOptions())
+                _read(record, self.columns.columns, self.dialect, options)
             except pa.ArrowInvalid:
-                value = raw.column(found.name)[0].as_py() or b""
-                return self._misfit_of(found, value)
+                raw, _ = _read(record, self.columns.columns, self.dialect, as_bytes)
+                return self._misfit_of(found, raw.column(0)[0].as_py() or b"")
         return BadRecord(0, "cannot be parsed")
 
-    def _misfit_of(self, found: pa.Field, value: bytes) -> BadRecord:
+    def _misfit_of(self, found: Field, value: bytes) -> BadRecord:
         try:
             text = value.decode()
         except UnicodeDecodeError:
@@ -154,19 +153,43 @@ class _CsvParser:
 
 
 def _read(
-    records: ByteRecords,
-    names: tuple[str, ...],
-    dialect: CsvDialect,
-    convert: pacsv.ConvertOptions,
-    parse: pacsv.ParseOptions,
-) -> pa.Table:
-    body = records.body()
-    parse.delimiter = dialect.delimiter
-    parse.quote_char = dialect.quote or False
+    records: ByteRecords, names: tuple[str, ...], dialect: CsvDialect, convert: pacsv.ConvertOptions
+) -> tuple[pa.Table, dict[int, int]]:
+    """Return the rows with as many fields as names, and how many fields the others have, by their place."""
+    body = pa.py_buffer(records.body())
+    parse = pacsv.ParseOptions(delimiter=dialect.delimiter, quote_char=dialect.quote or False)
     read = pacsv.ReadOptions(
-        use_threads=False, block_size=max(len(body), 1), column_names=list(names), encoding=dialect.encoding
+        use_threads=False, block_size=max(body.size, 1), column_names=list(names), encoding=dialect.encoding
     )
-    return pacsv.read_csv(pa.py_buffer(body), read_options=read, parse_options=parse, convert_options=convert)
+    try:
+        return pacsv.read_csv(_file(body), read, parse, convert), {}
+    except pa.ArrowInvalid:
+        # Arrow shows a ragged row to the handler as text, and prints an error of its own where it is not UTF-8.
+        if not _is_text(records, dialect):
+            raise
+    ragged: dict[int, int] = {}
+
+    def note(row: pacsv.InvalidRow) -> Literal["skip"]:
+        ragged[(row.number or 0) - 1] = row.actual_columns
+        return "skip"
+
+    parse.invalid_row_handler = note
+    return pacsv.read_csv(_file(body), read, parse, convert), ragged
+
+
+def _file(body: pa.Buffer) -> IO[bytes]:
+    return pa.BufferReader(body)  # type: ignore[return-value]  # the stubs do not know that Arrow reads its own files
+
+
+def _is_text(records: ByteRecords, dialect: CsvDialect) -> bool:
+    return dialect.encoding != "utf-8" or bytes(records.body()).decode("utf-8", "replace").encode() == records.body()
+
+
+def _as_text(records: ByteRecords, dialect: CsvDialect) -> ByteRecords:
+    """Return UTF-8 records with a mark for every byte that is not of it; others as they are."""
+    if _is_text(records, dialect):
+        return records
+    return ByteRecords.of([record.decode("utf-8", "replace").encode() for record in records.to_list()])
 
 
 def _convert_options(
@@ -182,7 +205,7 @@ def _convert_options(
 
 def _has_lone_return(body: memoryview) -> bool:
     """Whether a carriage return stands alone, which Arrow's parser takes for a line end where it is outside quotes."""
-    view: NDArray[np.uint8] = np.frombuffer(body, np.uint8)
+    view = np.frombuffer(body, np.uint8)
     returns = np.flatnonzero(view == _RETURN)
     if not len(returns):
         return False

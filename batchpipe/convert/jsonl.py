@@ -17,7 +17,7 @@ import pyarrow.json as pajson
 
 from batchpipe.batch import ByteRecords
 from batchpipe.convert.parsed import BadRecord, Parsed, UnparsedError, fitting_type, parse_halving, shown
-from batchpipe.convert.schema import InputSchema, NoCommonTypeError, plain_schema
+from batchpipe.convert.schema import Column, Field, InputSchema, NoCommonTypeError, plain_schema
 
 _NEWLINE, _RETURN, _SPACE, _TAB = 10, 13, 32, 9
 _OPEN, _CLOSE = 123, 125
@@ -30,8 +30,9 @@ def jsonl_to_table(records: ByteRecords, columns: InputSchema, encoding: str = "
     """Parse JSON lines into a table of the schema.
 
     A key that is missing is null, the order of keys is free, and keys that the schema does not have are passed over,
-    nested ones too: the columns of a dataset are those stated and those seen in the sample. A line that is not one JSON object fails; so does one with a
-    value that does not fit its column's type, whose failure says whether that type was a guess.
+    nested ones too: the columns of a dataset are those stated and those seen in the sample. A line that is not one
+    JSON object fails; so does one with a value that does not fit its column's type, whose failure says whether that
+    type was a guess.
     """
     parser = _JsonlParser(columns, encoding)
     return parse_halving(records, parser.attempt, parser.explain)
@@ -39,7 +40,7 @@ def jsonl_to_table(records: ByteRecords, columns: InputSchema, encoding: str = "
 
 def infer_jsonl(
     records: ByteRecords, encoding: str = "utf-8", wanted: Callable[[str], bool] = lambda _: True
-) -> list[pa.Field]:
+) -> list[Field]:
     """Return the wanted ones of the columns that these records have. Lines that cannot be parsed are passed over.
 
     Raises NoCommonTypeError where a key holds values of different kinds.
@@ -55,7 +56,7 @@ def infer_jsonl(
         raise NoCommonTypeError(_kinds(str(error))) from error
 
 
-def _infer(lines: list[bytes]) -> list[pa.Field]:
+def _infer(lines: list[bytes]) -> list[Field]:
     return list(plain_schema(_read(b"\n".join(lines), None).schema)) if lines else []
 
 
@@ -108,7 +109,7 @@ class _JsonlParser:
                 return BadRecord(0, reason, field.name, value, guessed, fitting_type(value, field.type))
         return BadRecord(0, "is JSON that cannot be read: a key given twice, or half of a surrogate pair")
 
-    def _holds(self, field: pa.Field, value: Any) -> bool:
+    def _holds(self, field: Field, value: Any) -> bool:
         one = InputSchema(pa.schema([field]), frozenset(), (field.name,))
         try:
             _JsonlParser(one, "utf-8").attempt(ByteRecords.of([json.dumps({field.name: value}).encode()]))
@@ -129,10 +130,9 @@ def _read(body: bytes | memoryview, schema: pa.Schema | None) -> pa.Table:
         explicit_schema=schema, unexpected_field_behavior="infer" if schema is None else "ignore"
     )
     read = pajson.ReadOptions(use_threads=False, block_size=max(len(body), 1))
+    file: Any = pa.BufferReader(pa.py_buffer(body))
     try:
-        return pajson.read_json(pa.py_buffer(body), read_options=read, parse_options=parse)
-    except UnicodeDecodeError:
-        raise
+        return pajson.read_json(file, read_options=read, parse_options=parse)
     except pa.ArrowNotImplementedError as error:
         raise pa.ArrowInvalid(str(error)) from error
 
@@ -144,11 +144,12 @@ def _json_type(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _cast_text(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    if pa.types.is_time(kind):
-        moments = pc.cast(pc.binary_join_element_wise(pa.scalar("1970-01-01"), column, "T"), pa.timestamp(kind.unit))
-        return pc.cast(moments, kind)
-    return pc.cast(column, kind)
+def _cast_text(column: Column, kind: pa.DataType) -> Column:
+    if isinstance(kind, pa.Time32Type | pa.Time64Type):
+        # Arrow reads no times from text, but moments: on some day.
+        join: Any = pc.binary_join_element_wise
+        column = pc.cast(join(pa.scalar("1970-01-01"), column, "T"), pa.timestamp(kind.unit))
+    return column.cast(kind)
 
 
 def _as_utf8(body: memoryview, encoding: str) -> bytes | memoryview:
@@ -162,10 +163,8 @@ def _are_braced(records: ByteRecords) -> bool:
     last = last - (view[last] == _NEWLINE)
     last = last - (view[np.maximum(last, 0)] == _RETURN)
     braced = (view[records.starts] == _OPEN) & (view[np.maximum(last, 0)] == _CLOSE)
-    return all(
-        bytes(records[i]).strip()[:1] == b"{" and bytes(records[i]).strip()[-1:] == b"}"
-        for i in np.flatnonzero(~braced)
-    )
+    others = (bytes(records[int(place)]).strip() for place in np.flatnonzero(~braced))
+    return all(line[:1] == b"{" and line[-1:] == b"}" for line in others)
 
 
 def _as_object(record: bytes, encoding: str, wanted: Callable[[str], bool]) -> bytes | None:

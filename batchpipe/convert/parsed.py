@@ -16,8 +16,8 @@ MAX_SHOWN = 60
 class BadRecord:
     """A record that could not be parsed: its place among those given, and why.
 
-    ``column`` and ``value`` (cut to `MAX_SHOWN`) where a value does not fit its column's type; ``is_guess`` says
-    that this type was inferred, not stated: then the guess was wrong and not the record. ``fitting`` is a type that holds it.
+    ``column`` and ``value`` where a value does not fit its column's type; ``is_guess`` says that this type was
+    inferred, not stated: then the guess was wrong and not the record. ``fitting`` is a type that holds the value.
     """
 
     index: int
@@ -30,7 +30,7 @@ class BadRecord:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parsed:
-    """``table`` has the records that could be parsed, ``kept`` their places among those given, ``failures`` the rest."""
+    """``table`` has the records that could be parsed, ``kept`` their places among all, ``failures`` the rest."""
 
     table: pa.Table
     kept: Int64s

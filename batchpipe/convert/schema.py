@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import pyarrow as pa
+
+Field: TypeAlias = "pa.Field[Any]"
+Column: TypeAlias = "pa.ChunkedArray[Any]"
 
 
 @dataclass(frozen=True)
@@ -32,31 +36,28 @@ class NoCommonTypeError(ValueError):
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
     """Return the one type that stands for all of its layouts: no dictionaries, views, extensions or 64-bit offsets."""
+    is_ = pa.types
+    plain = kind
     if isinstance(kind, pa.BaseExtensionType):
-        return plain_type(kind.storage_type)
-    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
-        return plain_type(kind.value_type)
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return pa.string()
-    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
-        return pa.binary()
-    if pa.types.is_struct(kind):
-        return pa.struct([plain_field(kind.field(i)) for i in range(kind.num_fields)])
-    if pa.types.is_map(kind):
-        return pa.map_(plain_type(kind.key_type), plain_type(kind.item_type))
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(plain_field(kind.value_field), kind.list_size)
-    if (
-        pa.types.is_list(kind)
-        or pa.types.is_large_list(kind)
-        or pa.types.is_list_view(kind)
-        or pa.types.is_large_list_view(kind)
-    ):
-        return pa.list_(plain_field(kind.value_field))
-    return kind
+        plain = plain_type(kind.storage_type)
+    elif is_.is_dictionary(kind) or is_.is_run_end_encoded(kind):
+        plain = plain_type(kind.value_type)
+    elif is_.is_large_string(kind) or is_.is_string_view(kind):
+        plain = pa.string()
+    elif is_.is_large_binary(kind) or is_.is_binary_view(kind):
+        plain = pa.binary()
+    elif is_.is_struct(kind):
+        plain = pa.struct([plain_field(field) for field in kind.fields])
+    elif is_.is_map(kind):
+        plain = pa.map_(plain_type(kind.key_type), plain_type(kind.item_type))
+    elif is_.is_fixed_size_list(kind):
+        plain = pa.list_(plain_field(kind.value_field), kind.list_size)
+    elif any(test(kind) for test in (is_.is_list, is_.is_large_list, is_.is_list_view, is_.is_large_list_view)):
+        plain = pa.list_(plain_field(kind.value_field))  # type: ignore[attr-defined]  # the tests have said so
+    return plain
 
 
-def plain_field(field: pa.Field) -> pa.Field:
+def plain_field(field: Field) -> Field:
     """Return the field without metadata, with its plain type."""
     return pa.field(field.name, plain_type(field.type), field.nullable)
 
@@ -71,27 +72,27 @@ def widen(first: pa.DataType, second: pa.DataType, *, is_text: bool) -> pa.DataT
 
     Raises NoCommonTypeError.
     """
-    if first.equals(second) or pa.types.is_null(second):
-        return first
-    if pa.types.is_null(first):
-        return second
-    numbers = {pa.int64(), pa.float64()}
-    if {first, second} == numbers:
-        return pa.float64()
+    if pa.types.is_null(first) or pa.types.is_null(second) or first.equals(second):
+        return second if pa.types.is_null(first) else first
     moments = [kind for kind in (first, second) if pa.types.is_date(kind) or pa.types.is_timestamp(kind)]
-    if len(moments) == 2 and len({getattr(kind, "tz", None) for kind in moments}) == 1:
+    wide: pa.DataType | None = None
+    if {first, second} == {pa.int64(), pa.float64()}:
+        wide = pa.float64()
+    elif len(moments) == 2 and len({getattr(kind, "tz", None) for kind in moments}) == 1:
         stamps = [kind for kind in moments if pa.types.is_timestamp(kind)]
-        return max(stamps, key=lambda kind: ("s", "ms", "us", "ns").index(kind.unit))
-    if pa.types.is_list(first) and pa.types.is_list(second):
-        return pa.list_(widen(first.value_type, second.value_type, is_text=is_text))
-    if pa.types.is_struct(first) and pa.types.is_struct(second):
-        return pa.struct(widen_fields([list(first), list(second)], is_text=is_text))
-    if is_text or all(pa.types.is_string(kind) or kind in moments for kind in (first, second)):
-        return pa.string()
-    raise NoCommonTypeError(f"{first} and {second}")
+        wide = max(stamps, key=lambda kind: ("s", "ms", "us", "ns").index(kind.unit))
+    elif isinstance(first, pa.ListType) and isinstance(second, pa.ListType):
+        wide = pa.list_(widen(first.value_type, second.value_type, is_text=is_text))
+    elif isinstance(first, pa.StructType) and isinstance(second, pa.StructType):
+        wide = pa.struct(widen_fields([first.fields, second.fields], is_text=is_text))
+    elif is_text or all(pa.types.is_string(kind) or kind in moments for kind in (first, second)):
+        wide = pa.string()
+    if wide is None:
+        raise NoCommonTypeError(f"{first} and {second}")
+    return wide
 
 
-def widen_fields(groups: Sequence[Sequence[pa.Field]], *, is_text: bool) -> list[pa.Field]:
+def widen_fields(groups: Sequence[Sequence[Field]], *, is_text: bool) -> list[Field]:
     """Return one field for each name, in order of first appearance. Raises NoCommonTypeError."""
     found: dict[str, pa.DataType] = {}
     for field in (field for group in groups for field in group):

@@ -1,4 +1,4 @@
-"""The formats by name: how an object is cut, what columns it has, how its records are read, and how answers are written.
+"""The formats by name: how an object is cut, what columns it has, how it is read, and how answers are written.
 
 Formats work on open binary files; who opens them, and at which version, is `storage`'s and the caller's.
 A new format is a new file here and an entry in `FORMATS` or `WRITERS`.
@@ -17,8 +17,8 @@ from batchpipe.formats import csv, jsonl, lines, parquet
 from batchpipe.formats import object as object_
 from batchpipe.formats.compression import Sink
 from batchpipe.formats.lines import Opener
-from batchpipe.formats.text import ProvisionalInputError
 from batchpipe.formats.parquet_writer import open_parquet
+from batchpipe.formats.text import ProvisionalInputError
 from batchpipe.formats.writers import Writer, open_csv, open_jsonl, open_raw
 from batchpipe.job import InputSpec, OutputSpec
 from batchpipe.split import InputObject, Range

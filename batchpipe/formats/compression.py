@@ -40,7 +40,7 @@ def decompressed(file: IO[bytes], input_object: InputObject, compression: str) -
     opened: Any = (
         gzip.GzipFile(fileobj=file, mode="rb")
         if compression == "gzip"
-        else pa.CompressedInputStream(pa.PythonFile(Borrowed(file), mode="r"), compression)
+        else pa.CompressedInputStream(pa.PythonFile(Borrowed(file), mode="r"), "zstd")
     )
     return io.BufferedReader(_Decompressed(opened, input_object, compression), CHUNK_BYTES)
 

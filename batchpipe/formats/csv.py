@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from batchpipe.batch import ByteRecords, concat_records
 from batchpipe.content import CSV
-from batchpipe.convert import CsvDialect, InputSchema, Parsed, csv_to_table, infer_csv, widen_fields
+from batchpipe.convert import CsvDialect, Field, InputSchema, Parsed, csv_to_table, infer_csv, widen_fields
 from batchpipe.errors import InputError
 from batchpipe.formats.encodings import record_encoding
 from batchpipe.formats.fields import reorder_fields, split_fields
@@ -45,7 +45,7 @@ def open_range(
     schema: InputSchema | None,
     block_bytes: int = BLOCK_BYTES,
 ) -> TextRange:
-    """Read the CSV records of a range; the header is none of them, and the order of fields is that of ``schema.columns``.
+    """Read the CSV records of a range: the header is none of them, the order of fields is that of ``schema.columns``.
 
     Raises InputError where the object's header has other names than the schema.
     """
@@ -53,7 +53,7 @@ def open_range(
     return _open(file, range_, number, spec, block_bytes, skip_first=spec.header is True, order=order)
 
 
-def _open(
+def _open(  # noqa: PLR0913 - the switches are for this module only
     file: IO[bytes],
     range_: Range,
     number: int,
@@ -92,7 +92,7 @@ def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:
     `SAMPLE_OBJECTS` objects that hold any, and widened to hold what each object shows. A column without a value there
     is of type null, which no value fits: state it. Raises InputError.
     """
-    columns, header_of, groups = _named(spec), "", list[Sequence[pa.Field]]()
+    columns, header_of, groups = _named(spec), "", list[Sequence[Field]]()
     dialect = CsvDialect.of(spec, record_encoding(spec.encoding))
     for found, file in islice(samples, SAMPLE_TRIES):
         header, records = _sample(file, found, spec)
@@ -112,7 +112,7 @@ def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:
 
 
 def _put_together(
-    columns: tuple[str, ...] | None, header_of: str, groups: list[Sequence[pa.Field]], spec: InputSpec
+    columns: tuple[str, ...] | None, header_of: str, groups: list[Sequence[Field]], spec: InputSpec
 ) -> InputSchema:
     stated = {name: arrow_type(kind) for name, kind in spec.types.items()}
     if columns is None:
@@ -222,7 +222,7 @@ def _check_known(columns: tuple[str, ...], header_of: str, spec: InputSpec) -> N
 
 def _infer(
     records: ByteRecords, names: tuple[str, ...], wanted: list[str], dialect: CsvDialect, found: InputObject
-) -> list[pa.Field]:
+) -> list[Field]:
     try:
         return infer_csv(records, names, wanted, dialect)
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ def split_fields(record: bytes, encoding: str, delimiter: str, quote: str) -> tu
     text = record.decode(encoding).rstrip("\r\n")
     quoting = {"quotechar": quote} if quote else {"quoting": csv.QUOTE_NONE}
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
-    return tuple(next(csv.reader([text], delimiter=delimiter, **quoting), []))  # type: ignore[arg-type]  # one of two
+    return tuple(next(csv.reader([text], delimiter=delimiter, **quoting), []))
 
 
 def reorder_fields(records: ByteRecords, order: tuple[int, ...], delimiter: str, quote: str) -> ByteRecords:
@@ -53,14 +53,16 @@ def _outside(view: NDArray[np.uint8], starts: Int64s, delimiter: str, quote: str
     quotes = np.flatnonzero(view == ord(quote))
     owner = np.searchsorted(starts, found, side="right") - 1
     before = np.searchsorted(quotes, found) - np.searchsorted(quotes, starts)[owner]
-    return found[before % 2 == 0]
+    outside: Int64s = found[before % 2 == 0]
+    return outside
 
 
 def _content_ends(view: NDArray[np.uint8], starts: Int64s, ends: Int64s) -> Int64s:
     """Return where the records end without their line ends."""
     content = ends - (view[ends - 1] == _NEWLINE)
     has_return = (content > starts) & (content < ends) & (view[np.maximum(content - 1, 0)] == _RETURN)
-    return content - has_return
+    bare: Int64s = content - has_return
+    return bare
 
 
 def _gather(view: NDArray[np.uint8], starts: Int64s, ends: Int64s) -> NDArray[np.uint8]:

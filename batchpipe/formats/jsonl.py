@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from batchpipe.batch import ByteRecords
 from batchpipe.content import JSON_LINES
-from batchpipe.convert import InputSchema, NoCommonTypeError, Parsed, infer_jsonl, jsonl_to_table, widen_fields
+from batchpipe.convert import Field, InputSchema, NoCommonTypeError, Parsed, infer_jsonl, jsonl_to_table, widen_fields
 from batchpipe.errors import InputError
 from batchpipe.formats.csv import SAMPLE_BYTES, SAMPLE_OBJECTS, SAMPLE_TRIES
 from batchpipe.formats.encodings import record_encoding
@@ -24,8 +24,8 @@ def open_range(
     range_: Range,
     number: int,
     spec: InputSpec,
-    schema: object = None,
-    block_bytes: int = BLOCK_BYTES,  # noqa: ARG001 - Format's shape
+    schema: object = None,  # noqa: ARG001 - Format's shape
+    block_bytes: int = BLOCK_BYTES,
 ) -> TextRange:
     """Read the lines of a range that are not blank."""
     return TextRange(
@@ -51,7 +51,7 @@ def infer_schema(samples: Iterable[tuple[InputObject, IO[bytes]]], spec: InputSp
     Raises InputError where a key holds values of different kinds.
     """
     stated = {name: arrow_type(kind) for name, kind in spec.types.items()}
-    groups: list[Sequence[pa.Field]] = []
+    groups: list[Sequence[Field]] = []
     seen = ""
     for found, file in islice(samples, SAMPLE_TRIES):
         for batch in open_range(file, Range(found, 0, WHOLE), 0, spec, block_bytes=SAMPLE_BYTES):
@@ -74,7 +74,7 @@ def infer_schema(samples: Iterable[tuple[InputObject, IO[bytes]]], spec: InputSp
     return InputSchema(schema, frozenset(stated) & frozenset(names), tuple(names), seen)
 
 
-def _infer(records: ByteRecords, spec: InputSpec, found: InputObject) -> list[pa.Field]:
+def _infer(records: ByteRecords, spec: InputSpec, found: InputObject) -> list[Field]:
     try:
         return infer_jsonl(records, record_encoding(spec.encoding), lambda name: _is_guessed(name, spec))
     except NoCommonTypeError as error:
@@ -85,7 +85,7 @@ def _is_guessed(name: str, spec: InputSpec) -> bool:
     return name not in spec.types and (spec.columns is None or name in spec.columns)
 
 
-def _merge(groups: list[Sequence[pa.Field]], stated: dict[str, pa.DataType], uri: str) -> dict[str, pa.DataType]:
+def _merge(groups: list[Sequence[Field]], stated: dict[str, pa.DataType], uri: str) -> dict[str, pa.DataType]:
     try:
         return {field.name: field.type for field in widen_fields(groups, is_text=False) if field.name not in stated}
     except NoCommonTypeError as error:

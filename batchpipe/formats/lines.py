@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import IO, Any
 
 from batchpipe.formats.compression import compression_of, decompressed
@@ -15,7 +16,7 @@ Opener = Callable[[], Any]
 
 
 def iter_cuts(opener: Opener, found: InputObject, split_bytes: int, spec: InputSpec) -> Iterator[tuple[int, int]]:  # noqa: ARG001 - Format's shape
-    """Cut a text object into byte ranges of about ``split_bytes``; one that is compressed stays whole, an empty one has none."""
+    """Cut a text object into byte ranges of about ``split_bytes``; a compressed one stays whole, an empty one has none."""
     if not found.size:
         return
     if found.size <= split_bytes or not is_seekable_text(found, spec):
@@ -23,7 +24,7 @@ def iter_cuts(opener: Opener, found: InputObject, split_bytes: int, spec: InputS
         return
     count = -(-found.size // split_bytes)
     bounds = [found.size * place // count for place in range(count + 1)]
-    yield from zip(bounds, bounds[1:], strict=False)
+    yield from pairwise(bounds)
 
 
 def is_seekable_text(found: InputObject, spec: InputSpec) -> bool:
@@ -44,8 +45,8 @@ def open_range(
     range_: Range,
     number: int,
     spec: InputSpec,
-    schema: object = None,
-    block_bytes: int = BLOCK_BYTES,  # noqa: ARG001 - Format's shape
+    schema: object = None,  # noqa: ARG001 - Format's shape
+    block_bytes: int = BLOCK_BYTES,
 ) -> TextRange:
     """Read the lines of a range."""
     text = open_text(file, range_.object, spec)

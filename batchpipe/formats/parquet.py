@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchpipe.batch import MiniBatch, Origins
-from batchpipe.convert import InputSchema, plain_schema
+from batchpipe.convert import Field, InputSchema, plain_schema
 from batchpipe.errors import InputError
 from batchpipe.formats.compression import Borrowed
 from batchpipe.formats.lines import Opener
@@ -106,8 +106,12 @@ class ParquetRange:
 
 
 def open_range(
-    file: IO[bytes], range_: Range, number: int, spec: InputSpec, schema: InputSchema | None
-) -> ParquetRange:  # noqa: ARG001 - Format's shape
+    file: IO[bytes],
+    range_: Range,
+    number: int,
+    spec: InputSpec,  # noqa: ARG001 - Format's shape
+    schema: InputSchema | None,
+) -> ParquetRange:
     """Read the rows of a range."""
     assert schema is not None
     return ParquetRange(file, range_, number, schema)
@@ -165,7 +169,7 @@ def _check_columns(schema: pa.Schema, wanted: InputSchema, found: InputObject) -
     return list(wanted.schema.names)
 
 
-def _field(schema: pa.Schema, name: str, found: InputObject) -> pa.Field:
+def _field(schema: pa.Schema, name: str, found: InputObject) -> Field:
     if name not in schema.names:
         raise InputError(
             f"input.columns names {name!r}, which is not a column of {found.uri!r}",

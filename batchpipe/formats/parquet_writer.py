@@ -1,5 +1,7 @@
 """Parquet parts whose bytes are a function of their records: row groups are cut by the records, never by batches."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,25 +84,27 @@ def record_bytes(table: pa.Table) -> Int64s:
     return total
 
 
-def _value_bytes(array: pa.Array) -> Int64s:
-    kind = array.type
-    if pa.types.is_struct(kind):
-        children = [_value_bytes(array.field(i)) for i in range(kind.num_fields)]
-        return sum(children, np.ones(len(array), np.int64))
-    if pa.types.is_fixed_size_list(kind):
+def _value_bytes(array: Any) -> Int64s:
+    kind: pa.DataType = array.type
+    sizes: Int64s
+    if isinstance(kind, pa.StructType):
+        sizes = np.ones(len(array), np.int64)
+        for place in range(kind.num_fields):
+            sizes = sizes + _value_bytes(array.field(place))
+    elif isinstance(kind, pa.FixedSizeListType):
         inner = _value_bytes(array.values.slice(array.offset * kind.list_size, len(array) * kind.list_size))
-        return inner.reshape(len(array), kind.list_size).sum(axis=1) + 1
-    if pa.types.is_list(kind) or pa.types.is_map(kind):
-        offsets = np.asarray(array.offsets, np.int64)
-        values = (
-            array.values
-            if pa.types.is_list(kind)
-            else pa.StructArray.from_arrays([array.keys, array.items], ["k", "v"])
+        sizes = inner.reshape(len(array), kind.list_size).sum(axis=1) + 1
+    elif isinstance(kind, pa.ListType | pa.MapType):
+        values = [array.keys, array.items] if isinstance(kind, pa.MapType) else [array.values]
+        filled = np.cumsum(
+            np.concatenate([np.zeros(1, np.int64), sum(map(_value_bytes, values), np.zeros(1, np.int64))])
         )
-        filled = np.concatenate([np.zeros(1, np.int64), np.cumsum(_value_bytes(values))])
-        return filled[offsets[1:]] - filled[offsets[:-1]] + 4
-    if pa.types.is_string(kind) or pa.types.is_binary(kind):
-        offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
-        return np.diff(offsets).astype(np.int64) + 4
-    width = 1 if pa.types.is_null(kind) else -(-kind.bit_width // 8)
-    return np.full(len(array), width, np.int64)
+        offsets = np.asarray(array.offsets, np.int64)
+        sizes = filled[offsets[1:]] - filled[offsets[:-1]] + 4
+    elif pa.types.is_string(kind) or pa.types.is_binary(kind):
+        bounds = np.frombuffer(array.buffers()[1] or bytes(4), np.int32)[array.offset : array.offset + len(array) + 1]
+        sizes = np.diff(bounds).astype(np.int64) + 4
+    else:
+        width = 1 if pa.types.is_null(kind) else -(-kind.bit_width // 8)
+        sizes = np.full(len(array), width, np.int64)
+    return sizes

@@ -1,4 +1,4 @@
-"""Where records of CSV with quoted newlines end, found without parsing: a newline ends a record where it is outside quotes.
+"""Where records of CSV end, found without parsing: at the newlines that are outside quotes.
 
 Whether a byte is outside quotes is the parity of the quotes before it (a doubled quote changes it twice), which is
 how whole blocks are scanned at once. A quote that is neither the first byte of a field nor followed by a delimiter,
@@ -61,7 +61,8 @@ class QuoteScanner:
         outside = (np.searchsorted(quotes, newlines) + self.inside) % 2 == 0
         self.opened = int(opening[-1]) + offset if len(opening) else self.opened
         self.inside = bool((len(quotes) + self.inside) % 2)
-        return newlines[outside] + 1
+        ends: Int64s = newlines[outside] + 1
+        return ends
 
     def starts_inside(self, buffer: bytes) -> bool:
         """Whether the buffer proves that its first byte is inside quotes: only the other state is contradicted."""
@@ -98,7 +99,8 @@ def _sides(quotes: Int64s, inside: bool) -> tuple[Int64s, Int64s]:
 def _unsure(view: NDArray[np.uint8], closing: Int64s) -> Int64s:
     """Closing quotes whose followers are not in the buffer yet: the last byte, or before a last carriage return."""
     last = closing[closing >= len(view) - 2]
-    return last[(last == len(view) - 1) | (view[np.minimum(last + 1, len(view) - 1)] == _RETURN)]
+    unsure: Int64s = last[(last == len(view) - 1) | (view[np.minimum(last + 1, len(view) - 1)] == _RETURN)]
+    return unsure
 
 
 def _positions(view: NDArray[np.uint8], start: int, byte: int) -> Int64s:

@@ -1,6 +1,6 @@
 """Reading the records of a text format in one range of an object, in bounded blocks: csv, jsonl and lines share it.
 
-A record belongs to the range in which its first byte lies; the reader runs past the range's stop to finish its last one.
+A record belongs to the range in which its first byte lies; reading runs past the range's stop to finish its last one.
 """
 
 import codecs
@@ -11,7 +11,7 @@ import numpy as np
 
 from batchpipe.batch import ByteRecords, Int64s, MiniBatch, Origins
 from batchpipe.errors import InputError
-from batchpipe.formats.quotes import BadQuoteError, QuoteScanner
+from batchpipe.formats.quotes import BadQuoteError
 from batchpipe.split import WHOLE, Range
 
 BLOCK_BYTES = 1 << 20
@@ -62,7 +62,7 @@ class TextRange:
     ``rewrite`` is given the records as they are and returns as many of them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what differs between the text formats, by name
         self,
         file: IO[bytes],
         range_: Range,

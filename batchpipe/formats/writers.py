@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from batchpipe.batch import ByteRecords, Records
 from batchpipe.content import CSV, JSON, JSON_LINES, ContentError, encode
@@ -150,5 +149,5 @@ def _without_blank_rows(table: pa.Table) -> pa.Table:
     """A null alone on its line would be a blank line, which is no record to a reader: it becomes "", quoted."""
     if table.num_columns != 1 or not table.column(0).null_count:
         return table
-    texts = pc.fill_null(pc.cast(table.column(0), pa.string()), "")
+    texts = table.column(0).cast(pa.string()).fill_null(pa.scalar(""))
     return pa.table([texts], names=table.schema.names)
