@@ -54,6 +54,8 @@ def run_command_line(arguments: list[str]) -> int:
 
 
 def _report(error: Exception, arguments: list[str]) -> int:
+    from pathlib import Path
+
     from batchpipe.errors import BatchpipeError
     from batchpipe.summary import error_document, explain
 
@@ -64,7 +66,7 @@ def _report(error: Exception, arguments: list[str]) -> int:
             traceback.print_exception(error)
         message = f"unexpected {type(error).__name__}: {error}"
         error = BatchpipeError(message, next="this is a defect of batchpipe; the same command with -v shows where")
-    click.echo(explain(error), err=True)
+    click.echo(explain(error, Path.cwd()), err=True)
     if "--json" in arguments:
         click.echo(json.dumps(error_document(error)))
     return error.exit_code
@@ -162,7 +164,7 @@ def run(job: str, variables: Any, settings: Any, **options: Any) -> None:
     if options["as_json"]:
         click.echo(manifest.model_dump_json())
     elif not quiet:
-        click.echo(summarize(manifest, job, Path.cwd(), was_done=not steps))
+        click.echo(summarize(manifest, Path.cwd(), was_done=not steps))
 
 
 def _command_line() -> str:
@@ -175,7 +177,7 @@ def _command_line() -> str:
 @_job_options
 def plan(job: str, variables: Any, settings: Any) -> None:
     """Show what a job would read and how it would be cut, without running it."""
-    from batchpipe.runner import plan_job
+    from batchpipe.preflight import plan_job
     from batchpipe.summary import describe_plan
 
     loaded = _load(job, variables, settings)
@@ -187,7 +189,7 @@ def plan(job: str, variables: Any, settings: Any) -> None:
 @_job_options
 def check(job: str, variables: Any, settings: Any) -> None:
     """Try everything a run needs, one mini-batch included, and leave nothing behind."""
-    from batchpipe.runner import check_job
+    from batchpipe.preflight import check_job
 
     for line in check_job(_load(job, variables, settings)):
         click.echo(line)
@@ -217,7 +219,7 @@ def _print_manifest(manifest: "Manifest", as_json: bool, head: str) -> None:
     if as_json:
         click.echo(manifest.model_dump_json())
     else:
-        click.echo(head + summarize(manifest, "JOB", Path.cwd()))
+        click.echo(head + summarize(manifest, Path.cwd()))
 
 
 @commands.command()

@@ -212,6 +212,7 @@ class Manifest(_Model):
     run_id: str = Field(description="The run's id, its idempotency key.")
     name: str = Field(description="The job's name.")
     fingerprint: str = Field(description="SHA-256 over the inputs and the parts of the job that shape the output.")
+    input: tuple[str, ...] = Field(description="What was read: paths, URLs and globs, without user information.")
     output: str = Field(description="The output's folder, without user information and query.")
     output_format: str = Field(description="parquet, csv, jsonl or raw.")
     job: dict[str, Any] = Field(description="The job file as written, secrets masked.")

@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
@@ -82,10 +82,10 @@ class Pool:
         take: Callable[[int], Task | None],
         *args: Any,
         on_tick: Callable[[], None] = lambda: None,
-    ) -> Iterator[tuple[Task, Result]]:
+    ) -> Generator[tuple[Task, Result], None, None]:
         """Run ``function(task, *args)`` for every task that `take(places)` hands out; yield each as it ends.
 
-        `take` is asked again whenever a place is free; an empty task means that none waits now. A task that loses
+        Close it to cancel what is in flight. `take` is asked again whenever a place is free; an empty task means that none waits now. A task that loses
         its worker runs again. Raises what a task raised, and PoolError when workers are lost beyond retry.
         """
         done: queue.SimpleQueue[distributed.Future[Any]] = queue.SimpleQueue()
@@ -199,13 +199,14 @@ def _open_local(processes: WorkerProcesses, release: contextlib.ExitStack) -> Cl
         "distributed.comm.timeouts.connect": "10s",
     }
     release.enter_context(dask.config.set(settings))
+    release.enter_context(_quiet_dask())
     cluster = release.enter_context(
         LocalCluster(
             n_workers=0,
             processes=True,
             security=security,
             silence_logs=logging.CRITICAL,
-            # The HTTP server cannot be left out, only its routes: a free port, so that two runs are not in each other's way.
+            # The HTTP server cannot be left out, only its routes: a free port, so that runs do not collide.
             scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
         )
     )
@@ -239,8 +240,22 @@ def _open_foreign(compute: ComputeSpec, release: contextlib.ExitStack) -> Client
             cluster.scale(count)
         case WorkerRange(minimum=minimum, maximum=maximum):
             cluster.adapt(minimum=minimum, maximum=maximum)
-    client = release.enter_context(Client(cluster, set_as_default=False))
-    return client
+    connected: Client = release.enter_context(Client(cluster, set_as_default=False))
+    return connected
+
+
+@contextlib.contextmanager
+def _quiet_dask() -> Iterator[None]:
+    """Dask logs every closed connection of a worker that we killed ourselves; what went wrong is in our own errors."""
+    handlers = logging.getLogger("distributed").handlers
+    before = [handler.level for handler in handlers]
+    for handler in handlers:
+        handler.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for handler, level in zip(handlers, before, strict=False):
+            handler.setLevel(level)
 
 
 @contextlib.contextmanager

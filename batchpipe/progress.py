@@ -116,8 +116,9 @@ class Bar:
         elapsed = self._bar.format_dict["elapsed"]
         self._bar.n = done
         figures = _figures(progress, elapsed, self._kept)
+        eta = _eta(done - self._bar.initial, total - done, elapsed)
         self._bar.set_postfix_str(
-            f"{figures['records']:,} records  {_short(figures['per_s'])}/s  eta {_eta(done - self._bar.initial, total - done, elapsed)}"
+            f"{figures['records']:,} records  {_short(figures['per_s'])}/s  eta {eta}"
             f"  failed {figures['failed']:,}  workers {progress.workers}"
         )
 

@@ -15,35 +15,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from batchpipe.errors import BatchpipeError, RecordsFailedError
+from batchpipe.errors import BatchpipeError
+from batchpipe.failures import too_many_failed
 from batchpipe.job import Job
 from batchpipe.jobfile import fill_run_id
 from batchpipe.manifest import (
     SCHEMA_VERSION,
-    Failure,
     Input,
     LongTable,
     Manifest,
     RunAccounts,
+    SplitResult,
     StageAccount,
     StageStats,
 )
 from batchpipe.output import Output, open_output
-from batchpipe.parts import HIDDEN, Place
+from batchpipe.parts import Place
 from batchpipe.plan import Inputs, Plan, list_inputs, make_fingerprint, make_plan
 from batchpipe.processes import WorkerProcesses, available_cores
 from batchpipe.redact import clean_uri
 from batchpipe.schedule import Schedule, Tally
-from batchpipe.source import read_gauge
+from batchpipe.source import line_of, read_gauge
 from batchpipe.stages.watcher import Watcher, open_watcher
-from batchpipe.storage import join, open_store
 from batchpipe.transform import Orders, Schemas, close_worker_chain, probe, renew_lease, run_splits
 
 if TYPE_CHECKING:
     from batchpipe.pool import Pool
 
 PROBED_AT_ONCE = 32
-NO_CONDITIONAL_PUT = ", but the store overwrites when told not to: two runs at once are not kept apart there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +166,10 @@ class Run:
             self.show("start", pool)
             orders = self._orders(pool)
             tasks = pool.stream(run_splits, self.schedule.take, orders, on_tick=lambda: self.show("transform", pool))
-            for task, outcomes in tasks:
-                for result in self.schedule.settle(task, outcomes):
-                    self.output.settle(result)
-                    self._judge(result.stopped)
+            with contextlib.closing(tasks):
+                for task, outcomes in tasks:
+                    for result in self.schedule.settle(task, outcomes):
+                        self._settle(result, pool)
             self.workers = pool.workers
 
     def publish(self, inputs: Inputs) -> Manifest:
@@ -196,11 +195,16 @@ class Run:
                 return replace(orders, schemas=schemas)
         return orders
 
-    def _judge(self, stopped: bool) -> None:
-        """End the run if more records failed than it may lose."""
+    def _settle(self, result: SplitResult, pool: "Pool") -> None:
+        """Journal a settled split; end the run if more records failed than it may lose."""
         tally, allowed = self.schedule.tally, self.job.on_error.max_failed_records
-        if stopped or (allowed is not None and tally.accounts.quarantined > allowed):
-            raise too_many_failed(self.job, tally, self.output.folder / "quarantine")
+        if result.stopped:  # it must run again, once more may fail; its failures are worth seeing all the same
+            self.output.keep_quarantine(result)
+        else:
+            self.output.settle(result)
+        if result.stopped or (allowed is not None and tally.accounts.quarantined > allowed):
+            line = pool.call(line_of, tally.failures[0], self.job.input)
+            raise too_many_failed(self.job, tally, self.output.folder / "quarantine", line)
 
     def _prove(self) -> None:
         """Check the accounts of every object, and the percentage that may fail (G1)."""
@@ -225,6 +229,7 @@ class Run:
             run_id=self.run_id,
             name=self.job.name,
             fingerprint=self.output.fingerprint.sha256,
+            input=tuple(map(clean_uri, self.job.input.uri)),
             output=clean_uri(self.job.output.uri),
             output_format=self.job.output.format,
             job=self.job.document(),
@@ -246,35 +251,6 @@ class Run:
             versions=versions(),
             failures=tuple(asdict(failure) for failure in tally.failures),
         )
-
-
-@contextlib.contextmanager
-def plan_job(job: Job) -> Iterator[tuple[Plan, str]]:
-    """What a run would do and the run id it would have. The plan can be read inside the block."""
-    with open_scratch() as (scratch, _):
-        inputs = list_inputs(job.input, scratch)
-        yield make_plan(inputs, job), make_fingerprint(job, inputs).sha256[:8]
-
-
-def check_job(job: Job) -> Iterator[str]:
-    """Try all that a run needs, in this process: list, read, write, open the stages, one mini-batch; a line for each.
-
-    Leaves nothing. Raises what a run would raise.
-    """
-    with plan_job(job) as (plan, run_id):
-        job = fill_run_id(job, run_id)
-        yield f"input     {plan.inputs.count:,} objects, {plan.inputs.bytes:,} bytes, {plan.count:,} splits"
-        store = open_store(job.output.uri, job.output.storage_options)
-        is_safe = store.supports_conditional_put(join(job.output.uri, HIDDEN))
-        yield f"output    {clean_uri(job.output.uri)} can be written" + ("" if is_safe else NO_CONDITIONAL_PUT)
-        orders = Orders(job, Place(job, run_id, "part-", "check"), Schemas(), job.on_error.max_failed_records)
-        try:
-            schemas = probe(tuple(islice(plan, PROBED_AT_ONCE)), orders) or Schemas()
-        finally:
-            close_worker_chain(run_id)
-        yield f"stages    {', '.join(stage.name for stage in job.stages)}: opened, one mini-batch went through"
-        if schemas.output is not None:
-            yield "columns   " + ", ".join(f"{field.name}: {field.type}" for field in schemas.output)
 
 
 @contextlib.contextmanager
@@ -301,28 +277,6 @@ def worker_count(job: Job, splits: int) -> int:
     if isinstance(stated, str) and all(stage.is_http for stage in job.stages):
         return 1
     return max(1, min(most, splits))
-
-
-def too_many_failed(job: Job, tally: Tally, quarantine: str) -> RecordsFailedError:
-    """The error that ends a run which lost more records than it may, naming the first one."""
-    first, failed = tally.failures[0], tally.accounts.quarantined
-    allowed = job.on_error.max_failed_records
-    budget = f"{allowed:,} allowed" if allowed is not None else f"{job.on_error.max_failed_percent:g} % allowed"
-    location = f" ({first.location})" if first.location else ""
-    count = "1 record" if failed == 1 else f"{failed:,} records"
-    kept = f"{tally.settled:,} of {tally.splits:,} splits are kept"
-    return RecordsFailedError(
-        f"stage {first.stage!r} failed for {count}, {budget}: {first.reason}: {first.message}{location}",
-        where=f"{describe_failure(first)}; kept in {clean_uri(quarantine)}",
-        next=f"allow it and resume, {kept}: batchpipe run {job.path} --set on_error.max_failed_records={failed}",
-    )
-
-
-def describe_failure(failure: Failure) -> str:
-    """Where a failed record lies, for people."""
-    number = f", record {failure.record + 1:,}" if failure.record is not None else ""
-    offset = f", byte {failure.offset:,}" if failure.offset >= 0 else ""
-    return f"{failure.object}{number}{offset}"
 
 
 def versions() -> dict[str, str]:

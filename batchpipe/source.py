@@ -12,7 +12,7 @@ from batchpipe.batch import ByteRecords, MiniBatch, Origins, iter_batches
 from batchpipe.convert import BadRecord, InputSchema
 from batchpipe.formats import FORMATS, misfit_error
 from batchpipe.invoke import FailedRecord, FailureLimit, Outcome
-from batchpipe.job import Job
+from batchpipe.job import InputSpec, Job
 from batchpipe.manifest import Accounts, Failure, RangeResult
 from batchpipe.parts import Quarantine
 from batchpipe.redact import clean_uri, mask, secrets_of
@@ -185,3 +185,23 @@ class Source:
         with _moving:
             _gauge[name] += more
             self._shown[name] += more
+
+
+LARGEST_COUNTED = 1 << 30
+
+
+def line_of(failure: Failure, spec: InputSpec) -> int | None:
+    """The line of its object on which a failed record begins, from 1: by reading the object up to there.
+
+    None where lines say nothing (Parquet, whole objects, compressed objects), or lie too far to count for a message.
+    """
+    is_text = spec.format in ("csv", "jsonl", "lines") and spec.compression in ("auto", "none")
+    if not is_text or not 0 <= failure.offset < LARGEST_COUNTED or failure.object.endswith((".gz", ".zst")):
+        return None
+    store = open_store(failure.object, spec.storage_options)
+    found = store.stat(failure.object)
+    lines, left = 1, failure.offset
+    with store.open(found.uri, size=found.size, version=failure.version, stop=left) as file:
+        while left and (chunk := file.read(min(left, 1 << 20))):
+            lines, left = lines + chunk.count(b"\n"), left - len(chunk)
+    return lines

@@ -43,7 +43,7 @@ def short_path(uri: str, folder: Path) -> str:
         return uri
 
 
-def summarize(manifest: Manifest, job_file: str, folder: Path, *, was_done: bool = False) -> str:
+def summarize(manifest: Manifest, folder: Path, *, was_done: bool = False) -> str:
     """What a run did, in a dozen lines."""
     accounts, out = manifest.accounts, short_path(manifest.output, folder)
     failed = count(accounts.quarantined, "record") + " quarantined" if accounts.quarantined else ""
@@ -78,8 +78,6 @@ def summarize(manifest: Manifest, job_file: str, folder: Path, *, was_done: bool
         f" + {accounts.dropped:,} dropped"
     )
     lines.append(f"  time      {_shares(manifest)}")
-    if accounts.quarantined:
-        lines.append(f"next: batchpipe redrive {job_file}")
     return "\n".join(lines)
 
 
@@ -101,9 +99,7 @@ def describe_plan(plan: Plan, job: Job, run_id: str) -> str:
 
 
 def _inputs(manifest: Manifest, folder: Path) -> str:
-    written = manifest.job.get("input", {}).get("uri", "")
-    uris = [written] if isinstance(written, str) else list(written)
-    return ", ".join(short_path(str(uri), folder) for uri in uris[:2]) + (", ..." if len(uris) > 2 else "")
+    return ", ".join(short_path(uri, folder) for uri in manifest.input[:2]) + ", ..." * (len(manifest.input) > 2)
 
 
 def _shares(manifest: Manifest) -> str:
@@ -114,14 +110,14 @@ def _shares(manifest: Manifest) -> str:
     return f"{shares}  ({count(manifest.workers, 'worker')}, {manifest.worker_seconds:.1f} worker-seconds)"
 
 
-def explain(error: BatchpipeError) -> str:
-    """An error as printed on stderr: what, where, the end of a log, what to type next."""
+def explain(error: BatchpipeError, folder: Path) -> str:
+    """An error as printed on stderr: what, where, the end of a log, what to type next; paths as seen from a folder."""
     lines = [f"error: {error.message}"]
     for label, text in (("where", error.where), ("log", error.log), ("next", error.next)):
         if text:
             indented = text.replace("\n", "\n         ")
             lines.append(f"  {label + ':':<6} {indented}")
-    return "\n".join(lines)
+    return "\n".join(lines).replace(f"{folder}/", "")
 
 
 def error_document(error: BatchpipeError) -> Mapping[str, Any]:

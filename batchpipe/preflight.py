@@ -1,0 +1,45 @@
+"""Looking before leaping: what a run would do (`plan`), and whether it could (`check`). Both leave nothing behind."""
+
+import contextlib
+from collections.abc import Iterator
+from itertools import islice
+
+from batchpipe.job import Job
+from batchpipe.jobfile import fill_run_id
+from batchpipe.parts import HIDDEN, Place
+from batchpipe.plan import Plan, list_inputs, make_fingerprint, make_plan
+from batchpipe.redact import clean_uri
+from batchpipe.runner import PROBED_AT_ONCE, open_scratch
+from batchpipe.storage import join, open_store
+from batchpipe.transform import Orders, Schemas, close_worker_chain, probe
+
+NO_CONDITIONAL_PUT = ", but the store overwrites when told not to: two runs at once are not kept apart there"
+
+
+@contextlib.contextmanager
+def plan_job(job: Job) -> Iterator[tuple[Plan, str]]:
+    """What a run would do and the run id it would have. The plan can be read inside the block."""
+    with open_scratch() as (scratch, _):
+        inputs = list_inputs(job.input, scratch)
+        yield make_plan(inputs, job), make_fingerprint(job, inputs).sha256[:8]
+
+
+def check_job(job: Job) -> Iterator[str]:
+    """Try all that a run needs, in this process: list, read, write, open the stages, one mini-batch; a line for each.
+
+    Leaves nothing. Raises what a run would raise.
+    """
+    with plan_job(job) as (plan, run_id):
+        job = fill_run_id(job, run_id)
+        yield f"input     {plan.inputs.count:,} objects, {plan.inputs.bytes:,} bytes, {plan.count:,} splits"
+        store = open_store(job.output.uri, job.output.storage_options)
+        is_safe = store.supports_conditional_put(join(job.output.uri, HIDDEN))
+        yield f"output    {clean_uri(job.output.uri)} can be written" + ("" if is_safe else NO_CONDITIONAL_PUT)
+        orders = Orders(job, Place(job, run_id, "part-", "check"), Schemas(), job.on_error.max_failed_records)
+        try:
+            schemas = probe(tuple(islice(plan, PROBED_AT_ONCE)), orders) or Schemas()
+        finally:
+            close_worker_chain(run_id)
+        yield f"stages    {', '.join(stage.name for stage in job.stages)}: opened, one mini-batch went through"
+        if schemas.output is not None:
+            yield "columns   " + ", ".join(f"{field.name}: {field.type}" for field in schemas.output)
