@@ -7,8 +7,8 @@ answers to a schema. Bodies of HTTP requests are `content`'s.
 from batchpipe.convert.answers import from_answer, index_was_reordered
 from batchpipe.convert.arguments import Kind, to_argument, to_dataframe, wanted
 from batchpipe.convert.cast import CastError, cast_table, output_schema
-from batchpipe.convert.csv import CsvDialect, csv_to_table, infer_csv
-from batchpipe.convert.jsonl import infer_jsonl, jsonl_to_table
+from batchpipe.convert.csv import CsvDialect, csv_can_hold, csv_to_table, infer_csv
+from batchpipe.convert.jsonl import infer_jsonl, jsonl_can_hold, jsonl_to_table
 from batchpipe.convert.parsed import BadRecord, Parsed
 from batchpipe.convert.schema import Column, Field, InputSchema, NoCommonTypeError, plain_schema, widen_fields
 
@@ -23,11 +23,13 @@ __all__ = [
     "NoCommonTypeError",
     "Parsed",
     "cast_table",
+    "csv_can_hold",
     "csv_to_table",
     "from_answer",
     "index_was_reordered",
     "infer_csv",
     "infer_jsonl",
+    "jsonl_can_hold",
     "jsonl_to_table",
     "output_schema",
     "plain_schema",

@@ -56,7 +56,7 @@ def infer_csv(records: ByteRecords, names: tuple[str, ...], wanted: list[str], d
     return list(table.schema)
 
 
-def can_hold(kind: pa.DataType) -> bool:
+def csv_can_hold(kind: pa.DataType) -> bool:
     """Whether CSV fields can be read as this type."""
     try:
         _read(ByteRecords.of([b"\n"]), ("x",), CsvDialect(), _convert_options(CsvDialect(), {"x": kind}))

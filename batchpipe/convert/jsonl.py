@@ -56,6 +56,15 @@ def infer_jsonl(
         raise NoCommonTypeError(_kinds(str(error))) from error
 
 
+def jsonl_can_hold(kind: pa.DataType) -> bool:
+    """Whether JSON values can be read as this type."""
+    try:
+        _read(b'{"x":null}', pa.schema([("x", _json_type(kind))]))
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
 def _infer(lines: list[bytes]) -> list[Field]:
     return list(plain_schema(_read(b"\n".join(lines), None).schema)) if lines else []
 

@@ -4,7 +4,7 @@ Formats work on open binary files; who opens them, and at which version, is `sto
 A new format is a new file here and an entry in `FORMATS` or `WRITERS`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Protocol
 
@@ -18,6 +18,7 @@ from batchpipe.formats import object as object_
 from batchpipe.formats.compression import Sink
 from batchpipe.formats.lines import Opener
 from batchpipe.formats.parquet_writer import open_parquet
+from batchpipe.formats.sampling import Samples
 from batchpipe.formats.text import ProvisionalInputError
 from batchpipe.formats.writers import Writer, open_csv, open_jsonl, open_raw
 from batchpipe.job import InputSpec, OutputSpec
@@ -64,9 +65,7 @@ class Format:
 
     iter_cuts: Callable[[Opener, InputObject, int, InputSpec], Iterator[tuple[int, int]]]
     open_range: Callable[[IO[bytes], Range, int, InputSpec, InputSchema | None], RangeReader]
-    infer_schema: Callable[[Iterable[tuple[InputObject, IO[bytes]]], InputSpec], InputSchema | None] = (
-        lines.infer_schema
-    )
+    infer_schema: Callable[[Samples, InputSpec], InputSchema | None] = lines.infer_schema
     to_table: Callable[[ByteRecords, InputSchema, InputSpec], Parsed] | None = None
     needs_proof: Callable[[InputSpec], bool] = lambda _: False
     """Whether ranges inside an object begin at guesses, so that ``first`` must be compared with the ``next_start``

@@ -1,7 +1,7 @@
 """CSV: records cut outside quotes, headers matched by name, types stated or inferred from a fixed sample."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import IO
 
@@ -9,27 +9,25 @@ import pyarrow as pa
 
 from batchpipe.batch import ByteRecords, concat_records
 from batchpipe.content import CSV
-from batchpipe.convert import CsvDialect, Field, InputSchema, Parsed, csv_to_table, infer_csv, widen_fields
+from batchpipe.convert import (
+    CsvDialect,
+    Field,
+    InputSchema,
+    Parsed,
+    csv_can_hold,
+    csv_to_table,
+    infer_csv,
+    widen_fields,
+)
 from batchpipe.errors import InputError
 from batchpipe.formats.encodings import record_encoding
 from batchpipe.formats.fields import reorder_fields, split_fields
 from batchpipe.formats.lines import open_text
 from batchpipe.formats.quotes import QuoteScanner
+from batchpipe.formats.sampling import SAMPLE_BYTES, SAMPLE_OBJECTS, SAMPLE_TRIES, Samples, stated_types
 from batchpipe.formats.text import BLOCK_BYTES, TAIL_BYTES, NewlineScanner, TextRange
 from batchpipe.job import InputSpec
-from batchpipe.specs.arrow_types import arrow_type
 from batchpipe.split import WHOLE, InputObject, Range
-
-SAMPLE_BYTES = 1 << 20
-"""Of each sampled object, the complete records within its first MB (at least one) are looked at."""
-
-SAMPLE_OBJECTS = 3
-"""Objects that are sampled: the first of the dataset that hold records ..."""
-
-SAMPLE_TRIES = 100
-"""... among this many."""
-
-Samples = Iterable[tuple[InputObject, IO[bytes]]]
 
 
 def needs_proof(spec: InputSpec) -> bool:
@@ -104,7 +102,7 @@ def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:
         elif spec.header is True:
             _match(columns, header_of, names, found)
         if len(records):
-            wanted = [name for name in spec.columns or columns if name not in spec.types]
+            wanted = [name for name in spec.columns or columns if name in columns and name not in spec.types]
             groups.append(_infer(records, names, wanted, dialect, found))
         if len(groups) == SAMPLE_OBJECTS:
             break
@@ -114,7 +112,7 @@ def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:
 def _put_together(
     columns: tuple[str, ...] | None, header_of: str, groups: list[Sequence[Field]], spec: InputSpec
 ) -> InputSchema:
-    stated = {name: arrow_type(kind) for name, kind in spec.types.items()}
+    stated = stated_types(spec, csv_can_hold)
     if columns is None:
         columns = spec.columns or tuple(stated)
     _check_known(columns, header_of, spec)

@@ -1,6 +1,6 @@
 """JSON Lines: every line that is not blank is a record; columns are those stated and those seen in a fixed sample."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import IO
 
@@ -8,14 +8,22 @@ import pyarrow as pa
 
 from batchpipe.batch import ByteRecords
 from batchpipe.content import JSON_LINES
-from batchpipe.convert import Field, InputSchema, NoCommonTypeError, Parsed, infer_jsonl, jsonl_to_table, widen_fields
+from batchpipe.convert import (
+    Field,
+    InputSchema,
+    NoCommonTypeError,
+    Parsed,
+    infer_jsonl,
+    jsonl_can_hold,
+    jsonl_to_table,
+    widen_fields,
+)
 from batchpipe.errors import InputError
-from batchpipe.formats.csv import SAMPLE_BYTES, SAMPLE_OBJECTS, SAMPLE_TRIES
 from batchpipe.formats.encodings import record_encoding
 from batchpipe.formats.lines import open_text
+from batchpipe.formats.sampling import SAMPLE_BYTES, SAMPLE_OBJECTS, SAMPLE_TRIES, Samples, stated_types
 from batchpipe.formats.text import BLOCK_BYTES, TextRange
 from batchpipe.job import InputSpec
-from batchpipe.specs.arrow_types import arrow_type
 from batchpipe.split import WHOLE, InputObject, Range
 
 
@@ -44,13 +52,13 @@ def to_table(records: ByteRecords, schema: InputSchema, spec: InputSpec) -> Pars
     return jsonl_to_table(records, schema, record_encoding(spec.encoding))
 
 
-def infer_schema(samples: Iterable[tuple[InputObject, IO[bytes]]], spec: InputSpec) -> InputSchema:
+def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:
     """Return the columns of a dataset: the keys stated in ``input.types`` and those of a sample, as for CSV.
 
     ``input.columns`` picks among them. A key first seen after the sample is not read: state it in ``input.types``.
     Raises InputError where a key holds values of different kinds.
     """
-    stated = {name: arrow_type(kind) for name, kind in spec.types.items()}
+    stated = stated_types(spec, jsonl_can_hold)
     groups: list[Sequence[Field]] = []
     seen = ""
     for found, file in islice(samples, SAMPLE_TRIES):

@@ -16,7 +16,7 @@ Opener = Callable[[], Any]
 
 
 def iter_cuts(opener: Opener, found: InputObject, split_bytes: int, spec: InputSpec) -> Iterator[tuple[int, int]]:  # noqa: ARG001 - Format's shape
-    """Cut a text object into byte ranges of about ``split_bytes``; a compressed one stays whole, an empty one has none."""
+    """Cut a text object into byte ranges of about ``split_bytes``; what is compressed stays whole."""
     if not found.size:
         return
     if found.size <= split_bytes or not is_seekable_text(found, spec):

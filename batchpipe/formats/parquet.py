@@ -1,6 +1,6 @@
 """Parquet: ranges of row groups, read page by page so that memory does not depend on a row group's size."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import IO
 
@@ -13,6 +13,7 @@ from batchpipe.convert import Field, InputSchema, plain_schema
 from batchpipe.errors import InputError
 from batchpipe.formats.compression import Borrowed
 from batchpipe.formats.lines import Opener
+from batchpipe.formats.sampling import SAMPLE_TRIES, Samples
 from batchpipe.job import InputSpec
 from batchpipe.split import WHOLE, InputObject, Range
 
@@ -21,9 +22,6 @@ BATCH_BYTES = 4 << 20
 
 MAX_BATCH_ROWS = 65_536
 """... and at most this many rows."""
-
-SAMPLE_TRIES = 100
-"""The schema is that of the first object that is not empty, among this many."""
 
 _PAGE_BYTES = 1 << 20
 
@@ -48,7 +46,7 @@ def iter_cuts(opener: Opener, found: InputObject, split_bytes: int, spec: InputS
         yield start, max(footer.num_row_groups, 1)
 
 
-def infer_schema(samples: Iterable[tuple[InputObject, IO[bytes]]], spec: InputSpec) -> InputSchema:
+def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:
     """Return the schema of the dataset's first object, without metadata and dictionaries; ``input.columns`` picks.
 
     Raises InputError.
