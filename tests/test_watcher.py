@@ -13,11 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from batchpipe.stages.logs import read_log
 from batchpipe.stages.watcher import WatchedProcess, Watcher, WatcherLostError, open_watcher
 
 OWNER = """
 import os, sys, time
 from pathlib import Path
+from batchpipe.stages.logs import read_log
 from batchpipe.stages.watcher import open_watcher
 folder, command = Path(sys.argv[1]), sys.argv[2:]
 (folder / "scratch").mkdir()
@@ -127,6 +129,20 @@ def test_G5_helper_that_left_the_group_is_killed_too(owner, tmp_path: Path):
     until(lambda: not is_running(stray))
 
 
+def test_G5_watcher_of_a_worker_finishes_after_the_driver_is_killed(owner, tmp_path: Path):
+    (tmp_path / "worker").mkdir()
+    worker = [sys.executable, "-c", OWNER, str(tmp_path / "worker"), *STUBBORN]
+    process, _, worker_pid = owner(worker)
+    until((tmp_path / "log").read_text)
+    until((tmp_path / "worker" / "log").read_text)
+
+    process.kill()
+
+    until((tmp_path / "worker" / "cleaned").exists)
+    assert not is_running(worker_pid)
+    assert not (tmp_path / "worker" / "scratch").exists()
+
+
 def test_G5_forked_child_that_holds_the_pipe_does_not_keep_the_watcher_waiting(watcher: Watcher, tmp_path: Path):
     code = OWNER.replace("time.sleep(60)", "\nif os.fork() == 0:\n    time.sleep(15)\nelse:\n    time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), *SLEEP], stdout=subprocess.PIPE)
@@ -198,7 +214,7 @@ def test_log_keeps_the_end_of_a_flood_in_two_bounded_files(watcher: Watcher, tmp
 
     watcher.start([sys.executable, "-c", code], env={}, cwd=tmp_path, log=tmp_path / "log")
 
-    until(lambda: (tmp_path / "log").read_bytes().endswith(b"end\n"))
+    until(lambda: read_log([tmp_path / "log"]).endswith("end\n"))
     sizes = [path.stat().st_size for path in (tmp_path / "log", tmp_path / "log.1")]
     assert max(sizes) <= 8 << 20
     assert (tmp_path / "log").stat().st_mode & 0o077 == 0

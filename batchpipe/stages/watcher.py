@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class Watcher:
         assert process.stdin
         assert process.stdout
         self.pid = process.pid
+        self.label = f"batchpipe.worker={uuid.uuid4().hex}"
+        """What marks containers and networks as this owner's; `containers` must still be told of it."""
         self._process = process
         self._orders, self._replies = process.stdin, process.stdout
         self._lock = threading.Lock()

@@ -167,8 +167,7 @@ class Watch:
         for pid in self.groups:
             signal_group(pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
-        for label, engine in self.labels.items():
-            self.sweep(label, engine)
+        self.sweep()
         while self.groups and time.monotonic() < deadline:
             time.sleep(0.01)
             self.reap()
@@ -178,16 +177,22 @@ class Watch:
         for folder in self.folders:
             shutil.rmtree(folder, ignore_errors=True)
         if self.command and not self.closed:
-            with contextlib.suppress(OSError):
-                subprocess.Popen(self.command, stdin=-3, stdout=-3, stderr=-3, start_new_session=True)
+            self.clean_up(self.command)
 
-    def sweep(self, label: str, engine: str) -> None:
-        """Remove what carries a label: once after a close, else until two sweeps find nothing."""
+    def clean_up(self, command: list[str]) -> None:
+        """Run the clean-up command. We stay for it: as an orphan another watcher might take it for a stray."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.Popen(command, stdin=-3, stdout=-3, stderr=-3, start_new_session=True).wait(SWEEP_S)
+
+    def sweep(self) -> None:
+        """Remove what carries our labels: once after a close, else until two sweeps find nothing."""
         deadline = time.monotonic() + SWEEP_S
         empty, enough = 0, 1 if self.closed else 2
-        while empty < enough and time.monotonic() < deadline:
-            found = remove(engine, ["ps", "-aq"], ["rm", "-f", "-v"], label)
-            found |= remove(engine, ["network", "ls", "-q"], ["network", "rm"], label)
+        while self.labels and empty < enough and time.monotonic() < deadline:
+            found = False
+            for label, engine in self.labels.items():
+                found |= remove(engine, ["ps", "-aq"], ["rm", "-f", "-v"], label)
+                found |= remove(engine, ["network", "ls", "-q"], ["network", "rm"], label)
             empty = 0 if found else empty + 1
             if empty < enough:
                 time.sleep(SWEEP_PAUSE_S)
@@ -223,19 +228,34 @@ def adopt_orphans() -> None:
 
 
 def kill_orphans() -> None:
-    """Kill whatever is still a child of ours, and then the children of those, which become ours."""
-    deadline = time.monotonic() + GRACE_S
-    while time.monotonic() < deadline:
-        try:
-            with open(f"/proc/self/task/{os.getpid()}/children") as listing:  # noqa: PTH123 - as above
-                children = [int(pid) for pid in listing.read().split()]
-        except OSError:
-            return
-        if not children:
-            return
+    """Kill whatever is still a child of ours, and then the children of those, which become ours.
+
+    Other watchers among them, those of workers that died, are waited for instead: they are releasing.
+    """
+    deadline = time.monotonic() + SWEEP_S
+    while (children := own_children()) and time.monotonic() < deadline:
         for pid in children:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            if is_watcher(pid):
+                os.waitpid(pid, os.WNOHANG)
+            else:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        time.sleep(0.01)
+
+
+def own_children() -> list[int]:
+    """The processes whose parent is this one; none where the system cannot tell."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as listing:  # noqa: PTH123 - as above
+            return [int(pid) for pid in listing.read().split()]
+    except OSError:
+        return []
+
+
+def is_watcher(pid: int) -> bool:
+    """Whether a process runs this very program."""
+    with open(f"/proc/{pid}/cmdline", "rb") as line:  # noqa: PTH123 - as above
+        return os.fsencode(__file__) in line.read().split(b"\0")
 
 
 def main() -> None:
