@@ -241,8 +241,10 @@ def verify(output: str, as_json: bool) -> None:
 
 
 @commands.command()
-def schema() -> None:
-    """Print the JSON Schema of job files, for editors."""
+@click.argument("document", type=click.Choice(["job", "manifest"]), default="job")
+def schema(document: str) -> None:
+    """Print the JSON Schema of job files, for editors, or of the manifest."""
     from batchpipe.jobfile.schema import job_schema
+    from batchpipe.manifest import manifest_schema
 
-    click.echo(json.dumps(job_schema(), indent=2))
+    click.echo(json.dumps(job_schema() if document == "job" else manifest_schema(), indent=2))

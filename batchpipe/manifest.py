@@ -6,10 +6,11 @@ the `Manifest` is what a reader of the output starts from (G2), and its JSON Sch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from batchpipe.errors import BatchpipeError  # noqa: TC001 - the dataclass travels by pickle, whole
 
@@ -232,3 +233,33 @@ class Manifest(_Model):
         description="Versions of batchpipe, Python and the libraries that shape the output."
     )
     failures: tuple[dict[str, Any], ...] = Field((), description="The first failed records; all are in the quarantine.")
+
+    _open_dataset: Callable[[], Any] | None = PrivateAttr(None)
+
+    def dataset(self) -> Any:
+        """The published parts, and nothing else in the folder, as a `pyarrow.dataset.Dataset`.
+
+        For a manifest that `run_job` returned or that was read from its output. Raises ValueError for another one,
+        and for output.format raw, which has no columns.
+        """
+        if self._open_dataset is None or self.output_format == "raw":
+            why = "its parts have no columns" if self.output_format == "raw" else "it was not read from its output"
+            raise ValueError(f"the manifest of run {self.run_id} has no dataset: {why}")
+        return self._open_dataset()
+
+    def read_from(self, open_dataset: Callable[[], Any]) -> Manifest:
+        """The manifest, knowing how to open its parts."""
+        self._open_dataset = open_dataset
+        return self
+
+
+def manifest_schema() -> dict[str, Any]:
+    """The JSON Schema of the manifest and of the lines of its long tables (``Part``, ``Input``)."""
+    schema = Manifest.model_json_schema(mode="serialization")
+    lines = {model.__name__: model.model_json_schema(mode="serialization") for model in (Part, Input)}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:batchpipe:manifest:{SCHEMA_VERSION}",
+        **schema,
+        "$defs": {**schema["$defs"], **lines},
+    }

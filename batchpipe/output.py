@@ -19,6 +19,7 @@ from batchpipe.journal import Journal, open_journal
 from batchpipe.manifest import Input, LongTable, Manifest, Part, SplitResult
 from batchpipe.parts import HIDDEN
 from batchpipe.plan import Fingerprint
+from batchpipe.published import iter_parts, read_manifest, with_dataset
 from batchpipe.redact import clean_uri
 from batchpipe.runs import (
     PieceSpool,
@@ -33,20 +34,11 @@ from batchpipe.runs import (
     unfinished_runs,
     without_type,
 )
-from batchpipe.storage import Lock, ObjectMissingError, Pending, Store, join, open_store, relative
+from batchpipe.storage import Lock, Pending, Store, join, open_store, relative
 
 PUBLISHERS = 8
 LOCK_POLL_S = 0.5
 Row = TypeVar("Row", Part, Input)
-
-
-def read_manifest(store: Store, root: str) -> Manifest | None:
-    """The output's current manifest, None where no run has finished."""
-    try:
-        data = store.read(join(root, HIDDEN, "manifest.json"))
-    except ObjectMissingError:
-        return None
-    return Manifest.model_validate_json(data)
 
 
 class Output:
@@ -133,8 +125,8 @@ class Output:
         self.store.put(self.folder.manifest, manifest.model_dump_json(indent=2).encode() + b"\n")
         self._remove_replaced(manifest)
         self._remove_journal()
-        self.manifest = manifest
-        return manifest
+        self.manifest = with_dataset(manifest, self.store, self.folder.root, self.job.output.storage_options)
+        return self.manifest
 
     def sweep(self) -> None:
         """Discard the pending pieces that no flushed journal entry names: nothing could ever publish them."""
@@ -181,12 +173,6 @@ class Output:
             self.store.remove_folder(self.folder / name)
 
 
-def iter_parts(store: Store, root: str, manifest: Manifest) -> Iterator[Part]:
-    """The parts that a manifest names, in order."""
-    for line in store.read(join(root, manifest.parts.uri)).splitlines():
-        yield Part.model_validate_json(line)
-
-
 @contextmanager
 def open_output(
     job: Job, run_id: str, fingerprint: Fingerprint, scratch: Path, *, restart: bool = False, wait_s: float = 0.0
@@ -199,7 +185,7 @@ def open_output(
     store, root = open_store(job.output.uri, job.output.storage_options), job.output.uri
     output = Output(job, fingerprint, RunFolder(root, run_id), store)
     with _lock(store, root, {"run": run_id, "job": job.name}, wait_s) as output.lock:
-        finished = read_manifest(store, root)
+        finished = read_manifest(store, root, job.output.storage_options)
         if finished and finished.run_id == run_id:
             _same_or_raise(output, finished)
             output.manifest = finished

@@ -85,7 +85,9 @@ class Pool:
     ) -> Generator[tuple[Task, Result], None, None]:
         """Run ``function(task, *args)`` for every task that `take(places)` hands out; yield each as it ends.
 
-        Close it to cancel what is in flight. `take` is asked again whenever a place is free; an empty task means that none waits now. A task that loses
+        Close it to cancel what is in flight.
+
+        `take` is asked again whenever a place is free; an empty task means that none waits now. A task that loses
         its worker runs again. Raises what a task raised, and PoolError when workers are lost beyond retry.
         """
         done: queue.SimpleQueue[distributed.Future[Any]] = queue.SimpleQueue()

@@ -8,16 +8,17 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from batchpipe.errors import BatchpipeError
+from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.failures import too_many_failed
-from batchpipe.job import Job
+from batchpipe.job import Job, OnErrorSpec
 from batchpipe.jobfile import fill_run_id
 from batchpipe.manifest import (
     SCHEMA_VERSION,
@@ -139,9 +140,8 @@ class Run:
         self.schedule = Schedule(plan, plan.count, output.replay())
         output.begin()
 
-    def show(self, step: str, pool: "Pool | None" = None) -> None:
-        """Tell whoever watches where the run is."""
-        gauge = pool.progress() if pool else {}
+    def show(self, step: str, gauge: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Tell whoever watches where the run is; `gauge` is what workers say of the splits they are at work on."""
         self._on_progress(
             Progress(
                 step=step,
@@ -163,9 +163,10 @@ class Run:
             return
         with open_workers(self.job, self.run_id, self.plan.count, scratch, watcher) as pool:
             self.workers = pool.workers
-            self.show("start", pool)
+            self.show("start")
             orders = self._orders(pool)
-            tasks = pool.stream(run_splits, self.schedule.take, orders, on_tick=lambda: self.show("transform", pool))
+            watch = Stopwatch(self.job.on_error)
+            tasks = pool.stream(run_splits, self.schedule.take, orders, on_tick=lambda: self._tick(pool, watch))
             with contextlib.closing(tasks):
                 for task, outcomes in tasks:
                     for result in self.schedule.settle(task, outcomes):
@@ -194,6 +195,11 @@ class Run:
                 output.set_schemas(schemas.to_json())
                 return replace(orders, schemas=schemas)
         return orders
+
+    def _tick(self, pool: "Pool", watch: "Stopwatch") -> None:
+        gauge = pool.progress()
+        watch.check((self.schedule.tally.settled, *gauge.values()))
+        self.show("transform", gauge)
 
     def _settle(self, result: SplitResult, pool: "Pool") -> None:
         """Journal a settled split; end the run if more records failed than it may lose."""
@@ -251,6 +257,27 @@ class Run:
             versions=versions(),
             failures=tuple(asdict(failure) for failure in tally.failures),
         )
+
+
+class Stopwatch:
+    """Ends a run in which nothing moves any more, or that takes longer than it may."""
+
+    def __init__(self, limits: OnErrorSpec) -> None:
+        self._limits = limits
+        self._started = self._moved = time.monotonic()
+        self._seen: tuple[int, ...] = ()
+
+    def check(self, figures: tuple[int, ...]) -> None:
+        """Look at figures that move with the work. Raises PoolError (6)."""
+        now, limits = time.monotonic(), self._limits
+        if figures != self._seen:
+            self._seen, self._moved = figures, now
+        if limits.max_runtime_s is not None and now - self._started > limits.max_runtime_s:
+            msg = f"the run took longer than on_error.max_runtime_s: {limits.max_runtime_s:g} s"
+            raise PoolError(msg, next="the same command resumes it; finished splits are kept")
+        if now - self._moved > limits.no_progress_timeout_s:
+            msg = f"nothing moved for on_error.no_progress_timeout_s: {limits.no_progress_timeout_s:g} s"
+            raise PoolError(msg, next="the same command resumes it; a larger timeout waits longer for slow stages")
 
 
 @contextlib.contextmanager

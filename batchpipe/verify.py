@@ -10,7 +10,7 @@ from batchpipe.errors import InputError, OutputError
 from batchpipe.formats import FORMATS
 from batchpipe.job import InputSpec
 from batchpipe.manifest import Input, LongTable, Manifest, Part
-from batchpipe.output import read_manifest
+from batchpipe.published import iter_parts, read_manifest
 from batchpipe.redact import clean_uri
 from batchpipe.split import WHOLE, InputObject, Range
 from batchpipe.storage import ObjectMissingError, Store, join, relative
@@ -36,7 +36,7 @@ def verify_output(store: Store, root: str) -> Manifest:
     manifest = load_manifest(store, root)
     problems = [*_table_problems(store, root, manifest.parts), *_table_problems(store, root, manifest.inputs)]
     if not problems:
-        parts = [Part.model_validate_json(line) for line in store.read(join(root, manifest.parts.uri)).splitlines()]
+        parts = list(iter_parts(store, root, manifest))
         inputs = [Input.model_validate_json(line) for line in store.read(join(root, manifest.inputs.uri)).splitlines()]
         with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as threads:
             for found in threads.map(lambda part: _part_problems(store, root, manifest, part), parts):
