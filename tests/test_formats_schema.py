@@ -179,6 +179,15 @@ def test_a_json_line_of_any_depth_is_survived():
     assert types(infer(deep + b'\n{"a": 1}\n', format_="jsonl")) == {"a": "int64"}
 
 
+def test_json_that_is_not_json_lines_is_told():
+    with pytest.raises(InputError, match="none of the first records of '0.csv' is a JSON object with a key"):
+        infer(b'[\n  {"a":\n 1}\n]\n', format_="jsonl")
+
+
+def test_objects_without_a_header_may_have_ragged_first_records():
+    assert types(infer(b"1,2\n", b"1\n2,3\n", header=False)) == {"f0": "int64", "f1": "int64"}
+
+
 def test_a_json_column_that_no_record_has_must_be_given_a_type():
     with pytest.raises(InputError, match="input.columns names 'z', which the first records do not have") as caught:
         infer(b'{"a": 1}\n', format_="jsonl", columns=["z"])

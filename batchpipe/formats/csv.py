@@ -94,13 +94,14 @@ def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:
     dialect = CsvDialect.of(spec, record_encoding(spec.encoding))
     for found, file in islice(samples, SAMPLE_TRIES):
         header, records = _sample(file, found, spec)
-        names = _names(header, records, found, spec)
+        names = _header_names(header, found, spec) if header else columns
+        if names is None and len(records):
+            names = tuple(f"f{place}" for place in range(len(_fields(bytes(records[0]), found, spec))))
         if names is None:
             continue
         if columns is None:
             columns, header_of = names, found.uri
-        elif spec.header is True:
-            _match(columns, header_of, names, found)
+        _match(columns, header_of, names, found)
         if len(records):
             wanted = [name for name in spec.columns or columns if name in columns and name not in spec.types]
             groups.append(_infer(records, names, wanted, dialect, found))
@@ -115,7 +116,8 @@ def _put_together(
     stated = stated_types(spec, csv_can_hold)
     if columns is None:
         columns = spec.columns or tuple(stated)
-    _check_known(columns, header_of, spec)
+    else:
+        _check_known(columns, header_of, spec)
     inferred = {field.name: field.type for field in widen_fields(groups, is_text=True)}
     picked = spec.columns or columns
     fields = [pa.field(name, stated.get(name, inferred.get(name, pa.null()))) for name in picked]
@@ -148,16 +150,6 @@ def read_header(file: IO[bytes], found: InputObject, spec: InputSpec) -> tuple[s
         assert isinstance(batch.records, ByteRecords)
         return _header_names(bytes(batch.records[0]), found, spec)
     return None
-
-
-def _names(header: bytes | None, records: ByteRecords, found: InputObject, spec: InputSpec) -> tuple[str, ...] | None:
-    if spec.header is True:
-        return None if header is None else _header_names(header, found, spec)
-    if not len(records):
-        return None
-    if spec.header is False:
-        return tuple(f"f{place}" for place in range(len(_fields(bytes(records[0]), found, spec))))
-    return tuple(spec.header)
 
 
 def _header_names(header: bytes, found: InputObject, spec: InputSpec) -> tuple[str, ...]:

@@ -78,6 +78,12 @@ def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:
             where=f"{seen}: {', '.join(inferred)}",
             next=f"if it comes later, state its type: input.types.{missing[0]}: string",
         )
+    if groups and not names:
+        raise InputError(
+            f"none of the first records of {seen!r} is a JSON object with a key",
+            where=seen,
+            next="jsonl is one JSON object a line; for records of any other kind state input.format: lines",
+        )
     schema = pa.schema([pa.field(name, stated.get(name, inferred.get(name, pa.null()))) for name in names])
     return InputSchema(schema, frozenset(stated) & frozenset(names), tuple(names), seen)
 
