@@ -33,7 +33,13 @@ class Journal:
     def append(self, type_: str, /, **values: object) -> None:
         """Add an entry; it is durable after the next flush, which comes by itself within about a second of work."""
         self._waiting.append({"type": type_, **values})
-        if len(self._waiting) >= FLUSH_ENTRIES or time.monotonic() - self._flushed >= FLUSH_S:
+        if len(self._waiting) >= FLUSH_ENTRIES:
+            self.flush()
+        self.flush_if_due()
+
+    def flush_if_due(self) -> None:
+        """Flush what has waited for about a second: to be called now and then, also while nothing settles."""
+        if time.monotonic() - self._flushed >= FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
