@@ -197,6 +197,7 @@ class Run:
         return orders
 
     def _tick(self, pool: "Pool", watch: "Stopwatch") -> None:
+        self.output.journal.flush_if_due()
         gauge = pool.progress()
         watch.check((self.schedule.tally.settled, *gauge.values()))
         self.show("transform", gauge)
