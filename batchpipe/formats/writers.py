@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batchpipe.batch import ByteRecords, Records
 from batchpipe.content import CSV, JSON, JSON_LINES, ContentError, encode
@@ -83,7 +84,17 @@ def open_csv(spec: OutputSpec, sink: Sink, schema: pa.Schema | None, header: boo
 
 def open_jsonl(spec: OutputSpec, sink: Sink, schema: pa.Schema | None, header: bool) -> TextWriter:  # noqa: ARG001 - open_writer's shape
     """Write one JSON object a line; NaN, which JSON lacks, as null."""
-    return TextWriter(spec, sink, (JSON_LINES, JSON), lambda table: _encode(table, JSON_LINES))
+
+    def to_bytes(table: pa.Table) -> bytes:
+        for name in table.column_names:
+            if pa.types.is_floating(table.schema.field(name).type) and pc.any(pc.is_inf(table.column(name))).as_py():
+                raise OutputError(
+                    f"column {name!r} holds inf, which JSON has no number for",
+                    next="replace it in a stage, or state output.format: parquet or csv",
+                )
+        return _encode(table, JSON_LINES)
+
+    return TextWriter(spec, sink, (JSON_LINES, JSON), to_bytes)
 
 
 def open_raw(spec: OutputSpec, sink: Sink, schema: pa.Schema | None, header: bool) -> TextWriter:  # noqa: ARG001 - open_writer's shape
