@@ -14,11 +14,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from batchpipe.batch import MiniBatch
+from batchpipe.batch import MiniBatch, Records
 from batchpipe.invoke import FailedRecord, FailureLimit, Outcome, invoke
 from batchpipe.job import Job
 from batchpipe.manifest import StageStats
-from batchpipe.stages import OpenStage, StageContext, open_stage
+from batchpipe.stages import InvocationFailed, OpenStage, StageContext, open_stage
 
 
 class Chain:
@@ -64,6 +64,19 @@ class Chain:
         finally:
             for _, future in in_flight:
                 future.cancel()
+
+    def answer_to_none(self, records: Records) -> Records | None:
+        """What the stages answer where there is no record, which tells its columns; None where one of them refuses."""
+
+        async def through() -> Records:
+            answer = records
+            for stage in self.stages:
+                answer = (await stage.invoke(answer)).records
+            return answer
+
+        with suppress(InvocationFailed):
+            return asyncio.run_coroutine_threadsafe(through(), self._loop).result()
+        return None
 
     async def _transform(self, batch: MiniBatch, limit: FailureLimit, stats: dict[str, StageStats]) -> Outcome:
         """One mini-batch through the whole chain; places stay those of the mini-batch as it was sent."""

@@ -5,13 +5,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from batchpipe.batch import MiniBatch, Origins, Records
 from batchpipe.convert import cast_table
-from batchpipe.formats import open_writer
+from batchpipe.formats import Writer, open_writer
 from batchpipe.job import Job
 from batchpipe.manifest import Failure
 from batchpipe.split import Split
@@ -57,19 +58,27 @@ class Place:
 class Piece:
     """The pending output of one split. Opened by `open_piece`, which discards it unless it is finished."""
 
-    def __init__(self, place: Place, split: Split, schema: pa.Schema | None, sink: PendingWriter) -> None:
+    def __init__(
+        self, place: Place, split: Split, schema: pa.Schema | None, sink: PendingWriter, *, keeps_empty: bool
+    ) -> None:
         self._job = place.job
         self._split = split
         self._schema = schema
         self._sink = sink
         # Under mirror the pieces of an object are joined: only the first of them begins with a header.
         begins_file = place.job.output.layout == "parts" or split.ranges[0].is_first
-        self._writer = open_writer(place.job.output, sink, schema, header=begins_file)
+        # Of the formats only two can say their columns without a record.
+        tells_columns = schema is not None and place.job.output.format in ("parquet", "csv")
+        self._is_kept = place.job.output.layout == "mirror" or (keeps_empty and split.index == 0 and tells_columns)
+        # Without known columns nothing was answered so far, and most likely there is nothing to write.
+        is_known = schema is not None or place.job.output.format == "raw"
+        self._open = partial(open_writer, place.job.output, sink, schema, header=begins_file)
+        self._writer: Writer | None = self._open() if is_known else None
 
     @property
     def written(self) -> int:
         """Records written so far."""
-        return int(self._writer.records)
+        return self._writer.records if self._writer else 0
 
     def write(self, records: Records, origins: Origins) -> None:
         """Write answers in order; `origins` are those of the records they answer."""
@@ -78,23 +87,29 @@ class Piece:
                 records = add_source(records, origins, self._split)
             if self._schema is not None:
                 records = cast_table(records, self._schema)
+        if self._writer is None:
+            self._writer = self._open()
         self._writer.write(records)
 
     def finish(self) -> dict[str, Any] | None:
         """Bring the piece to safety, still invisible. None, and nothing is left, where a part would hold no record."""
-        self._writer.close()
-        if not self.written and self._job.output.layout == "parts":
+        if self._writer:
+            self._writer.close()
+        if not self.written and not self._is_kept:
             return None
         return self._sink.finish().to_json()
 
 
 @contextmanager
-def open_piece(place: Place, split: Split, schema: pa.Schema | None) -> Iterator[Piece]:
-    """Open the pending piece of a split. Raises OutputError if it cannot be written."""
+def open_piece(place: Place, split: Split, schema: pa.Schema | None, *, keeps_empty: bool = False) -> Iterator[Piece]:
+    """Open the pending piece of a split. Raises OutputError if it cannot be written.
+
+    `keeps_empty`: the dataset has no record, so that the part of its first split stands for the columns.
+    """
     output = place.job.output
     store = open_store(output.uri, output.storage_options)
     with store.open_pending(place.piece_uri(split), staging=place.staging, attempt=place.attempt) as sink:
-        yield Piece(place, split, schema, sink)
+        yield Piece(place, split, schema, sink, keeps_empty=keeps_empty)
 
 
 def add_source(table: pa.Table, origins: Origins, split: Split) -> pa.Table:

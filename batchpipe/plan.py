@@ -96,7 +96,8 @@ def make_plan(inputs: Inputs, job: Job) -> Plan:
 def iter_splits(inputs: Inputs, job: Job, split_bytes: int) -> Iterator[Split]:
     """Cut the dataset: a large object into ranges, small objects together up to `split_bytes`.
 
-    Under `layout: mirror` a split never holds more than one object.
+    Under `layout: mirror` a split never holds more than one object. A dataset without objects is one split without
+    ranges, whose part stands for the columns.
     """
     index, waiting, size = 0, list[Range](), 0
     for found in inputs:
@@ -111,7 +112,7 @@ def iter_splits(inputs: Inputs, job: Job, split_bytes: int) -> Iterator[Split]:
         for cut in cuts:
             yield Split(index, (cut,))
             index += 1
-    if waiting:
+    if waiting or (not index and job.output.layout == "parts"):
         yield Split(index, tuple(waiting))
 
 

@@ -3,13 +3,17 @@
 import contextlib
 from collections.abc import Iterator
 from itertools import islice
+from uuid import uuid4
 
+from batchpipe.failures import first_failed
 from batchpipe.job import Job
 from batchpipe.jobfile import fill_run_id
+from batchpipe.manifest import SplitResult
 from batchpipe.parts import HIDDEN, Place
 from batchpipe.plan import Plan, list_inputs, make_fingerprint, make_plan
 from batchpipe.redact import clean_uri
 from batchpipe.runner import PROBED_AT_ONCE, open_scratch
+from batchpipe.source import line_of
 from batchpipe.storage import join, open_store
 from batchpipe.transform import Orders, Schemas, close_worker_chain, probe
 
@@ -35,11 +39,16 @@ def check_job(job: Job) -> Iterator[str]:
         store = open_store(job.output.uri, job.output.storage_options)
         is_safe = store.supports_conditional_put(join(job.output.uri, HIDDEN))
         yield f"output    {clean_uri(job.output.uri)} can be written" + ("" if is_safe else NO_CONDITIONAL_PUT)
-        orders = Orders(job, Place(job, run_id, "part-", "check"), Schemas(), job.on_error.max_failed_records)
+        # A run id of its own, so that what it must write is told from what a run has written.
+        place = Place(job, f"check-{uuid4().hex[:8]}", "part-", "check")
+        orders = Orders(job, place, Schemas(), job.on_error.max_failed_records)
         try:
-            schemas = probe(tuple(islice(plan, PROBED_AT_ONCE)), orders) or Schemas()
+            found = probe(tuple(islice(plan, PROBED_AT_ONCE)), orders)
         finally:
-            close_worker_chain(run_id)
+            close_worker_chain(place.run_id)
+            store.remove_folder(join(job.output.uri, HIDDEN, place.run_id))
+        if isinstance(found, SplitResult):
+            raise first_failed(job, found.failures[0], line_of(found.failures[0], job.input))
         yield f"stages    {', '.join(stage.name for stage in job.stages)}: opened, one mini-batch went through"
-        if schemas.output is not None:
-            yield "columns   " + ", ".join(f"{field.name}: {field.type}" for field in schemas.output)
+        if found.output is not None:
+            yield "columns   " + ", ".join(f"{field.name}: {field.type}" for field in found.output)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from batchpipe.errors import BatchpipeError, PoolError
-from batchpipe.failures import too_many_failed
+from batchpipe.failures import first_failed, too_many_failed
 from batchpipe.job import Job, OnErrorSpec
 from batchpipe.jobfile import fill_run_id
 from batchpipe.manifest import (
@@ -38,7 +38,7 @@ from batchpipe.redact import clean_uri
 from batchpipe.schedule import Schedule, Tally
 from batchpipe.source import line_of, read_gauge
 from batchpipe.stages.watcher import Watcher, open_watcher
-from batchpipe.transform import Orders, Schemas, close_worker_chain, probe, renew_lease, run_splits
+from batchpipe.transform import Orders, Schemas, close_worker_chain, probe, prove_nothing, renew_lease, run_splits
 
 if TYPE_CHECKING:
     from batchpipe.pool import Pool
@@ -189,11 +189,14 @@ class Run:
         if output.schemas:
             return replace(orders, schemas=Schemas.from_json(output.schemas))
         splits = iter(self.plan)
-        while probed := tuple(islice(splits, PROBED_AT_ONCE)):
-            schemas = pool.call(probe, probed, orders)
-            if schemas is not None:
-                output.set_schemas(schemas.to_json())
-                return replace(orders, schemas=schemas)
+        while not orders.schemas.is_proved and (probed := tuple(islice(splits, PROBED_AT_ONCE))):
+            found = pool.call(probe, probed, orders)
+            if isinstance(found, SplitResult):
+                raise self._hopeless(found, pool)
+            orders = replace(orders, schemas=found)
+        if not orders.schemas.is_proved:
+            orders = replace(orders, schemas=pool.call(prove_nothing, orders))
+        output.set_schemas(orders.schemas.to_json())
         return orders
 
     def _tick(self, pool: "Pool", watch: "Stopwatch") -> None:
@@ -201,6 +204,16 @@ class Run:
         gauge = pool.progress()
         watch.check((self.schedule.tally.settled, *gauge.values()))
         self.show("transform", gauge)
+
+    def _hopeless(self, result: SplitResult, pool: "Pool") -> BatchpipeError:
+        """What ends a run whose first mini-batch had no answer: its first failed record."""
+        self.output.keep_quarantine(result)
+        first, quarantine = result.failures[0], self.output.folder / "quarantine"
+        line = pool.call(line_of, first, self.job.input)
+        if self.job.on_error.max_failed_records != 0:
+            return first_failed(self.job, first, line, quarantine)
+        self.schedule.tally.accounts, self.schedule.tally.failures = result.accounts, [first]
+        return too_many_failed(self.job, self.schedule.tally, quarantine, line)
 
     def _settle(self, result: SplitResult, pool: "Pool") -> None:
         """Journal a settled split; end the run if more records failed than it may lose."""

@@ -137,9 +137,9 @@ class Schedule:
 
     def _prove(self, split: Split, outcome: SplitResult | SplitFailed) -> Split | None:
         """The split itself if it began at a record, a corrected one if it did not, None while nobody knows."""
-        first = split.ranges[0]
-        if first.exact or first.is_first:
+        if not split.ranges or split.ranges[0].exact or split.ranges[0].is_first:
             return split
+        first = split.ranges[0]
         end = self._ends.get(split.index - 1)
         if end is None:
             return None

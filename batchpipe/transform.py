@@ -7,8 +7,7 @@ import base64
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,9 +23,10 @@ from batchpipe.formats import FORMATS
 from batchpipe.invoke import FailureLimit, Outcome
 from batchpipe.job import Job
 from batchpipe.manifest import SplitFailed, SplitResult
-from batchpipe.parts import Piece, Place, Quarantine, add_source, open_piece, open_quarantine
+from batchpipe.parts import Piece, Place, add_source, open_piece, open_quarantine
 from batchpipe.redact import secrets_of
 from batchpipe.source import Source
+from batchpipe.specs.arrow_types import arrow_type
 from batchpipe.split import InputObject, Split
 from batchpipe.stages import StageContext
 from batchpipe.storage import ObjectFile, open_store
@@ -40,6 +40,8 @@ class Schemas:
 
     input: InputSchema | None = None
     output: pa.Schema | None = None
+    is_proved: bool = False
+    """Whether a record was answered. Where none is, in the whole dataset, the first part stands for the columns."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, for the journal."""
@@ -47,16 +49,17 @@ class Schemas:
         columns = (
             {"stated": sorted(found.stated), "columns": found.columns, "header_of": found.header_of} if found else {}
         )
-        return {"input": _text(found.schema if found else None), **columns, "output": _text(self.output)}
+        input_, output = _text(found.schema if found else None), _text(self.output)
+        return {"input": input_, **columns, "output": output, "is_proved": self.is_proved}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read what `to_json` wrote."""
         found, output = _schema(data["input"]), _schema(data["output"])
         if found is None:
-            return cls(None, output)
+            return cls(None, output, data["is_proved"])
         stated, columns = frozenset(data["stated"]), tuple(data["columns"])
-        return cls(InputSchema(found, stated, columns, data["header_of"]), output)
+        return cls(InputSchema(found, stated, columns, data["header_of"]), output, data["is_proved"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,7 @@ def run_split(chain: Chain, split: Split, orders: Orders) -> SplitResult:
     started, stats, limit = time.perf_counter(), new_stats(), FailureLimit(orders.allowed_failures)
     schemas, write_s = orders.schemas, 0.0
     with (
-        open_piece(orders.place, split, schemas.output) as piece,
+        open_piece(orders.place, split, schemas.output, keeps_empty=not schemas.is_proved) as piece,
         open_quarantine(orders.place, split) as quarantine,
         Source(split, orders.job, schemas.input, quarantine, limit) as source,
     ):
@@ -172,23 +175,52 @@ def _write(piece: Piece, outcome: Outcome, sent: MiniBatch, source: Source) -> N
         ) from error
 
 
-def probe(splits: tuple[Split, ...], orders: Orders) -> Schemas | None:
-    """Send the first mini-batch of these splits through the chain: what the columns of input and output are.
+def probe(splits: tuple[Split, ...], orders: Orders) -> Schemas | SplitResult:
+    """Send mini-batches of these splits through the chain until a record is answered: what the columns are.
 
-    None where these splits hold no record. Raises what reading and opening the chain raise, and RecordsFailedError
-    (5) if no record of the mini-batch is answered. Nothing is written.
+    Not proved where these splits hold no record, or all are dropped. The result of a split that stopped itself where
+    more records fail than may, or all of a mini-batch. Raises what reading and opening the chain raise; no part is
+    written.
     """
     _same_version_or_raise(orders)
     job = orders.job
-    found = infer_input(splits, job)
+    found = orders.schemas.input or infer_input(splits, job)
     chain = open_worker_chain(job, orders.place.run_id)
     for split in splits:
-        limit, stats = FailureLimit(orders.allowed_failures), new_stats()
-        with Source(split, job, found, Quarantine(orders.place, split), limit) as source:
-            for sent, outcome in chain.stream(islice(source.batches(as_tables=chain.takes_tables), 1), limit, stats):
-                output = _output_schema(job, outcome, sent, split)
-                return Schemas(found, output)
-    return None
+        limit, is_hopeless = FailureLimit(orders.allowed_failures), False
+        with (
+            open_quarantine(orders.place, split) as quarantine,
+            Source(split, job, found, quarantine, limit) as source,
+        ):
+            for batch in source.batches(as_tables=chain.takes_tables):
+                # One at a time: most often the first one tells, and a second one would be worked on for nothing.
+                for sent, outcome in chain.stream([batch], limit, new_stats()):
+                    if len(outcome.places):
+                        return Schemas(found, _output_schema(job, outcome, sent, split), is_proved=True)
+                    is_hopeless = len(outcome.failed) == len(sent)
+                if is_hopeless:
+                    break
+        if limit.is_spent or is_hopeless:
+            return run_split(chain, split, replace(orders, schemas=Schemas(found), allowed_failures=0))
+    return Schemas(found)
+
+
+def prove_nothing(orders: Orders) -> Schemas:
+    """The columns of an output without a record: those stated, else those that callables answer to no records."""
+    job, found = orders.job, orders.schemas.input
+    stated = job.output.columns or {}
+    answer: Records | None = None
+    if stated and all(stated.values()):
+        answer = pa.table({name: pa.array([], arrow_type(str(kind))) for name, kind in stated.items()})
+    elif found is not None and not any(stage.is_http for stage in job.stages):
+        answer = open_worker_chain(job, orders.place.run_id).answer_to_none(found.schema.empty_table())
+    if job.output.format == "raw" or not isinstance(answer, pa.Table) or not answer.num_columns:
+        return Schemas(found)
+    if job.output.add_source:
+        answer = answer.append_column("_object", pa.array([], pa.string())).append_column(
+            "_record", pa.array([], pa.int64())
+        )
+    return Schemas(found, answer.schema)
 
 
 def infer_input(splits: Iterable[Split], job: Job) -> InputSchema | None:

@@ -72,12 +72,12 @@ class Jobs:
         return path
 
     def job(self, stages: str | list[dict[str, Any]] = "stages:echo", name: str = "job.yaml", **blocks: Any) -> Path:
-        """Write a job file: CSV in ``in/``, JSON Lines out, two workers, unless the blocks say otherwise."""
+        """Write a job file: CSV in ``in/``, JSON Lines out, one worker, unless the blocks say otherwise."""
         document = {
             "input": {"uri": "in"},
             "stages": [{"callable": stages}] if isinstance(stages, str) else stages,
             "output": {"uri": "out", "format": "jsonl"},
-            "compute": {"workers": 2},
+            "compute": {"workers": 1},
         }
         for block, keys in blocks.items():
             known = document.get(block)

@@ -23,7 +23,7 @@ class Ran:
     jobs: Jobs
     first: Result
 
-    def again(self, verb: str, *arguments: str) -> Result:
+    def again(self, verb: str, *arguments: str | Path) -> Result:
         return self.jobs.run(verb, *arguments)
 
 
@@ -57,7 +57,7 @@ def test_running_again_is_a_no_op_that_says_so(ran: Ran):
     output = ran.jobs.folder / ran.job.stem
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
 
-    again = ran.again("run", str(ran.job), "--set", f"output.uri={output}")
+    again = ran.again("run", ran.job, "--set", f"output.uri={output}")
 
     assert again.code == 0
     assert "nothing to do" in again.out
@@ -65,7 +65,7 @@ def test_running_again_is_a_no_op_that_says_so(ran: Ran):
 
 
 def test_verify_finds_the_output_as_published(ran: Ran):
-    verified = ran.again("verify", str(ran.jobs.folder / ran.job.stem))
+    verified = ran.again("verify", ran.jobs.folder / ran.job.stem)
 
     assert (verified.code, verified.out.splitlines()[0]) == (0, "verified: every part is as it was published")
 

@@ -1,0 +1,112 @@
+"""What the first mini-batch decides: the columns, also where its records fail, are dropped, or are not there at all."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.dataset as ds
+import pytest
+
+from tests.jobs import ECHO, Jobs, csv_rows, open_jobs
+
+PICKY = """
+import pandas as pd
+
+def picky(frame: pd.DataFrame, worst):
+    assert frame.n.min() > worst, "too small"
+    return frame
+"""
+FEW = """
+import pandas as pd
+
+def few(frame: pd.DataFrame):
+    kept = (frame.n >= 90).to_numpy(bool)
+    return frame[kept], kept
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    with open_jobs(tmp_path) as jobs:
+        jobs.write("stages.py", ECHO + PICKY + FEW)
+        yield jobs
+
+
+def picky(worst: int) -> list[dict[str, object]]:
+    return [{"callable": "stages:picky", "params": {"worst": worst}}]
+
+
+def test_a_first_record_that_fails_within_the_budget_leaves_the_columns_to_the_rest(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(20))
+
+    ran = jobs.run("run", jobs.job(picky(2), on_error={"max_failed_records": 3}), "--json")
+
+    assert (ran.code, ran.manifest["accounts"]["quarantined"]) == (0, 3), ran.err
+    assert jobs.records() == [{"n": n, "text": f"row {n}"} for n in range(3, 20)]
+
+
+def test_a_first_record_that_fails_beyond_the_budget_ends_the_run_and_is_kept(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(20))
+
+    ran = jobs.run("run", jobs.job(picky(0)))
+
+    assert ran.code == 5
+    assert "stage 'picky' failed for 1 record, 0 allowed: AssertionError: too small (stages.py:" in ran.err
+    assert "where: in/a.csv, line 2, byte 7; kept in out/_batchpipe/" in ran.err
+    (quarantine,) = jobs.hidden("*/quarantine/*.jsonl")
+    assert pd.read_json(quarantine, lines=True).payload.tolist() == ['{"n": 0, "text": "row 0"}']
+
+
+def test_a_first_mini_batch_without_one_answer_ends_the_run_whatever_the_budget(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(20))
+
+    ran = jobs.run("run", jobs.job(picky(1000), on_error={"max_failed_percent": 100}))
+
+    assert ran.code == 5
+    assert "failed for the first records, and none is answered: AssertionError: too small" in ran.err
+    assert "mend it and try one mini-batch: batchpipe check job.yaml" in ran.err
+
+
+def test_G1_mini_batches_that_are_dropped_whole_leave_the_columns_to_later_ones(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(100))
+    few: list[dict[str, object]] = [{"callable": "stages:few", "may_drop": True}, {"callable": "stages:echo"}]
+
+    ran = jobs.run("run", jobs.job(few, batch={"max_records": 10}), "--json")
+
+    assert ran.code == 0, ran.err
+    assert ran.manifest["accounts"] == {"read": 100, "written": 10, "quarantined": 0, "dropped": 90}
+    assert [record["n"] for record in jobs.records()] == list(range(90, 100))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "expected"),
+    [("n,text\n", None, ["n", "text"]), ("", {"score": "float64"}, ["score"]), (None, {"score": "float64"}, ["score"])],
+    ids=["a header alone", "an empty file", "no file at all"],
+)
+def test_an_empty_dataset_has_one_part_for_its_columns(jobs: Jobs, rows, columns, expected):
+    if rows is not None:
+        jobs.write("in/a.csv", rows)
+    job = jobs.job(input={"allow_empty": True}, output={"format": "parquet", "columns": columns})
+
+    ran = jobs.run("run", job)
+
+    assert ran.code == 0, ran.err
+    assert [path.name for path in jobs.parts()] == ["part-00000000.parquet"]
+    assert (ds.dataset(jobs.out).schema.names, ds.dataset(jobs.out).count_rows()) == (expected, 0)
+    assert jobs.run("verify", jobs.out).code == 0
+
+
+def test_an_empty_dataset_whose_columns_nobody_knows_has_no_part(jobs: Jobs):
+    ran = jobs.run("run", jobs.job(input={"allow_empty": True}))
+
+    assert (ran.code, jobs.parts()) == (0, []), ran.err
+
+
+def test_check_names_the_first_record_that_fails_and_leaves_nothing(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(3))
+
+    ran = jobs.run("check", jobs.job(picky(1000)))
+
+    assert ran.code == 5
+    assert "where: in/a.csv, line 2, byte 7" in ran.err
+    assert not [path for path in jobs.out.rglob("*") if path.is_file()]
