@@ -29,10 +29,10 @@ def make_job(folder: Path, *stages: dict[str, Any], **blocks: Any) -> Job:
     return load_job(folder / "job.yaml")
 
 
-def make_context(folder: Path, job: Job, *, copy: int = 0, advice: dict[str, object] | None = None) -> StageContext:
+def make_context(folder: Path, job: Job, *, copy: int = 0, run_id: str = "run1") -> StageContext:
     """What a worker would hand to the stages of this job."""
     (folder / "scratch").mkdir(parents=True, exist_ok=True)
-    return StageContext("run1", copy, folder / "scratch", folder / "logs", secrets_of(job), advice or {})
+    return StageContext(run_id, copy, folder / "scratch", folder / "logs", secrets_of(job))
 
 
 class Opened:
@@ -85,12 +85,13 @@ def opened(
     folder: Path,
     *stages: dict[str, Any],
     copy: int = 0,
+    run_id: str = "run1",
     open_it: Callable[[StageSpec, Job, StageContext], OpenStage] = open_stage,
     **blocks: Any,
 ) -> Iterator[Opened]:
     """Open the first of these stages."""
     job = make_job(folder, *stages, **blocks)
-    stage = open_it(job.stages[0], job, make_context(folder, job, copy=copy))
+    stage = open_it(job.stages[0], job, make_context(folder, job, copy=copy, run_id=run_id))
     assert isinstance(stage, HttpStage)
     with contextlib.closing(Opened(stage)) as opened:
         yield opened

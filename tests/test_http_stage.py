@@ -258,6 +258,10 @@ def test_body_over_the_limit_is_not_sent(open_endpoint: Open):
     assert failure.message == "1,100 bytes of 11 records, over the limit of 1,024 (max_payload_mb)"
 
 
+def test_empty_request_is_never_sent(open_endpoint: Open):
+    assert str(open_endpoint().failure()) == "NoRecords: an empty request is never sent"
+
+
 def test_body_of_exactly_the_limit_is_sent(open_endpoint: Open):
     assert len(open_endpoint(max_payload_mb=1 / 1024).csv(*["x" * 63] * 16)) == 16
 

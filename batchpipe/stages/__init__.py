@@ -108,6 +108,10 @@ def open_stage(stage: "StageSpec", job: "Job", context: StageContext) -> OpenSta
         from batchpipe.stages.process import open_process
 
         return open_process(stage, job, context)
+    if stage.kind == "container":
+        from batchpipe.stages.container import open_container
+
+        return open_container(stage, job, context)
     if stage.kind == "endpoint":
         from batchpipe.stages.endpoint import open_endpoint
 

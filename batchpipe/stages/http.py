@@ -36,11 +36,19 @@ _ERROR_CHARACTERS = 500
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a server ended: ``its process exited with code 1 after 2.0 s``, and what may help."""
+
+    how: str
+    next: str = ""
+
+
 class Server(Protocol):
     """What stands behind the URL of a stage that was started for it."""
 
-    def ending(self) -> str:
-        """How it ended, such as ``process exited with code 1``; empty while it runs."""
+    def ending(self) -> Ending | None:
+        """How it ended; None while it runs."""
         ...
 
     def log_tail(self) -> str:
@@ -141,6 +149,8 @@ class HttpStage:
 
     async def invoke(self, records: Records) -> Answer:
         """Post the records and return the answer's, counted against them. Raises InvocationFailed, StageStartError."""
+        if not len(records):
+            raise InvocationFailed("NoRecords", "an empty request is never sent", Remedy.ISOLATE)
         content_type = self.exchange.content_type_of(records)
         if len(records) == 1 or not self.exchange.takes_one(content_type):
             return Answer(await self._request(records, content_type))
@@ -198,7 +208,7 @@ class HttpStage:
                 return
             await asyncio.sleep(0.02)
         log = await asyncio.to_thread(self._server.log_tail)
-        raise StageStartError(f"stage {self.name!r} is gone: {ending}", log=log) from cause
+        raise StageStartError(f"stage {self.name!r} is gone: {ending.how}", log=log, next=ending.next) from cause
 
     async def _decode(self, answer: HttpAnswer, sent: str, count: int) -> Records:
         answered = answer.headers.get("content-type", "")

@@ -12,7 +12,7 @@ from batchpipe.errors import StageStartError
 from batchpipe.redact import mask
 from batchpipe.stages import StageContext
 from batchpipe.stages.contract import PORT, contract_environment, devices_of
-from batchpipe.stages.http import HttpStage
+from batchpipe.stages.http import Ending, HttpStage
 from batchpipe.stages.logs import keep_log, log_name, read_log, tail
 from batchpipe.stages.model_data import open_model_data
 from batchpipe.stages.ports import PortBlock, take_ports
@@ -82,15 +82,15 @@ class _Process:
         self._started = time.monotonic()
         self._is_open = True
 
-    def ending(self) -> str:
+    def ending(self) -> Ending | None:
         try:
             code = self._child.poll()
         except WatcherLostError as exc:
-            return str(exc)
+            return Ending(str(exc))
         if code is None:
-            return ""
+            return None
         how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-        return f"its process {how} after {time.monotonic() - self._started:.1f} s"
+        return Ending(f"its process {how} after {time.monotonic() - self._started:.1f} s")
 
     def log_tail(self) -> str:
         return tail(self._read_log(), self._context.secrets, self._log.name)

@@ -30,7 +30,8 @@ def open_served(
 
     def check() -> None:
         if ending := server.ending():
-            raise StageStartError(f"stage {stage.name!r} did not start: {ending}", log=server.log_tail())
+            msg = f"stage {stage.name!r} did not start: {ending.how}"
+            raise StageStartError(msg, log=server.log_tail(), next=ending.next)
         if cancelled and cancelled.is_set():
             raise StageStartError(f"stage {stage.name!r} was not waited for: another stage did not start")
 

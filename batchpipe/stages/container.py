@@ -1,0 +1,231 @@
+"""A stage that is an image: started by the engine, safe by default, reached on a port of 127.0.0.1 only.
+
+Labels say whose it is: the watcher removes by them what a killed worker leaves.
+"""
+
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchpipe.errors import StageStartError
+from batchpipe.redact import mask
+from batchpipe.specs.spec import MB
+from batchpipe.stages import StageContext
+from batchpipe.stages.contract import PORT, contract_environment, devices_of
+from batchpipe.stages.engine import RUN_LABEL, STAGE_LABEL, Engine, EngineError, find_engine
+from batchpipe.stages.http import Ending, HttpStage
+from batchpipe.stages.logs import keep_log, log_name, tail
+from batchpipe.stages.model_data import open_model_data
+from batchpipe.stages.ports import take_ports
+from batchpipe.stages.served import open_served
+from batchpipe.stages.watcher import Watcher, open_watcher
+
+if TYPE_CHECKING:
+    from batchpipe.job import Job, StageSpec
+
+STOP_S = 3
+SERVE_PORT = 8080
+SAFE_RANGE = "8081-8999"
+MAX_LOG_MB = 8
+START_TIMEOUT_S = 600.0
+"""An image that is not there yet is pulled by its start."""
+INSPECT_EVERY_S = 0.2
+
+
+def open_container(
+    stage: "StageSpec",
+    job: "Job",
+    context: StageContext,
+    *,
+    watcher: Watcher | None = None,
+    cancelled: threading.Event | None = None,
+) -> HttpStage:
+    """Start the image, wait until it answers its ping, and ask what it advises.
+
+    Without the worker's ``watcher`` it has one of its own. Setting ``cancelled`` ends the waiting.
+    Raises StageStartError, with everything that was started released.
+    """
+    spec = stage.container
+    assert spec
+    with ExitStack() as held:
+        try:
+            engine = find_engine()
+            watcher = watcher or held.enter_context(open_watcher())
+            watcher.containers(watcher.label, engine.path)
+            labels = [f"--label={RUN_LABEL}={context.run_id}", f"--label={STAGE_LABEL}={stage.name}"]
+            labels.append(f"--label={watcher.label}")
+            port, safe_range = SERVE_PORT, SAFE_RANGE
+            if spec.network == "host":
+                ports = take_ports()
+                held.callback(ports.close)
+                port, safe_range = ports.port, ports.safe_range
+            environment = contract_environment(stage, job, port, safe_range) | spec.environment
+            model = None
+            if spec.model_data:
+                model = held.enter_context(open_model_data(stage, spec.model_data, context, cancelled))
+            network = _network(engine, stage, labels, held)
+            arguments = run_arguments(stage, engine.name, copy=context.copy, model=model)
+            started = time.monotonic()
+            container = _start(engine, [*labels, *network, *arguments], environment, context.scratch, spec.image)
+        except (EngineError, OSError) as exc:
+            why = mask(str(exc), context.secrets)
+            raise StageStartError(f"stage {stage.name!r} did not start: {why}") from exc
+        server = Container(engine, container, stage, context, started, held.pop_all())
+    try:
+        address = server.address(int(environment[PORT]))
+    except BaseException:
+        server.close()
+        raise
+    return open_served(stage, job, context, server, address, cancelled)
+
+
+def run_arguments(stage: "StageSpec", engine: str, *, copy: int, model: Path | None) -> list[str]:
+    """The options of ``run`` that the job decides: limits, what is taken away, what the job gives back."""
+    spec = stage.container
+    assert spec
+    arguments = ["--cap-drop=ALL", "--security-opt=no-new-privileges", "--init", f"--pids-limit={spec.pids}"]
+    arguments += [f"--cap-add={capability}" for capability in spec.cap_add]
+    if spec.cpus:
+        arguments.append(f"--cpus={spec.cpus:g}")
+    if spec.memory_mb:
+        limit = f"{int(spec.memory_mb * MB)}b"
+        arguments += [f"--memory={limit}", f"--memory-swap={limit}"]
+    if spec.shm_mb:
+        arguments.append(f"--shm-size={int(spec.shm_mb * MB)}b")
+    if model:
+        arguments.append(f"--mount=type=bind,source={model},target=/opt/ml/model,readonly")
+    devices = devices_of(stage, copy)
+    if devices and engine == "podman":
+        arguments += [f"--device=nvidia.com/gpu={device}" for device in devices]
+    elif devices:
+        # The engine takes the value apart at commas, unless it is quoted.
+        arguments.append(f'--gpus="device={",".join(map(str, devices))}"')
+    if engine == "podman":
+        arguments += ["--log-driver=k8s-file", f"--log-opt=max-size={MAX_LOG_MB}mb"]
+    else:
+        arguments += ["--log-driver=json-file", f"--log-opt=max-size={MAX_LOG_MB}m", "--log-opt=max-file=2"]
+    return arguments
+
+
+def _network(engine: Engine, stage: "StageSpec", labels: list[str], held: ExitStack) -> list[str]:
+    """How the container is reached: on a port of 127.0.0.1, or by its address in a network without a way out."""
+    spec = stage.container
+    assert spec
+    if spec.network == "none":
+        if not engine.is_local:
+            raise EngineError(
+                "network: none needs an engine that runs on this very Linux machine, as root: elsewhere a container"
+                " without a network cannot be reached; leave network out, or run the stage where the engine is"
+            )
+        name = f"batchpipe-{uuid.uuid4().hex[:12]}"
+        engine.run("network", "create", "--internal", *labels, name)
+        held.callback(_try, engine, "network", "rm", name)
+        return [f"--network={name}"]
+    if spec.network == "host":
+        return ["--network=host"]
+    chosen = [] if spec.network == "default" else [f"--network={spec.network}"]
+    port = spec.environment.get(PORT, str(SERVE_PORT))
+    return [*chosen, f"--publish=127.0.0.1::{port}"]
+
+
+def _start(engine: Engine, arguments: list[str], environment: Mapping[str, str], scratch: Path, image: str) -> str:
+    """Start the image with the argument ``serve``; return the container's name.
+
+    Values go by a file of ours, or by the environment of the command, never by its arguments, which all may read.
+    """
+    lines = {name: value for name, value in environment.items() if "\n" not in value}
+    others = {name: value for name, value in environment.items() if "\n" in value}
+    file = scratch / f"environment-{uuid.uuid4().hex}"
+    file.touch(mode=0o600)
+    file.write_text("".join(f"{name}={value}\n" for name, value in lines.items()), encoding="utf-8")
+    name = f"batchpipe-{uuid.uuid4().hex[:12]}"
+    options = [f"--name={name}", f"--env-file={file}", *(f"--env={other}" for other in others)]
+    try:
+        engine.run(
+            "run", "--detach", *options, *arguments, image, "serve", timeout_s=START_TIMEOUT_S, environment=others
+        )
+        return name
+    except EngineError as exc:
+        _try(engine, "rm", "--force", name)  # what cannot be started may have been created
+        raise EngineError(f"image {image!r}: {exc}") from exc
+    finally:
+        file.unlink()
+
+
+def _try(engine: Engine, *arguments: str) -> None:
+    with suppress(EngineError):
+        engine.run(*arguments)
+
+
+class Container:
+    """A running container; what `http.Server` asks for."""
+
+    def __init__(
+        self, engine: Engine, name: str, stage: "StageSpec", context: StageContext, started: float, held: ExitStack
+    ) -> None:
+        assert stage.container
+        self.name = name
+        self._engine = engine
+        self._spec = stage.container
+        self._stage = stage.name
+        self._context = context
+        self._log_name = log_name(stage.name, context.copy)
+        self._held = held
+        self._started = started
+        self._inspected = 0.0
+        self._is_open = True
+
+    def address(self, port: int) -> tuple[str, int]:
+        """Where it listens; meaningless once it has ended."""
+        settings = self._inspect().get("NetworkSettings", {})
+        if self._spec.network == "host":
+            return "127.0.0.1", port
+        if self._spec.network == "none":
+            [network] = settings["Networks"].values()
+            return network["IPAddress"] or "127.0.0.1", port
+        published = (settings.get("Ports") or {}).get(f"{port}/tcp") or [{"HostPort": "0"}]
+        return "127.0.0.1", int(published[0]["HostPort"])
+
+    def ending(self) -> Ending | None:
+        # Asked several times a second while the stage starts; each time costs a process.
+        if time.monotonic() - self._inspected < INSPECT_EVERY_S:
+            return None
+        state = self._inspect().get("State", {"Status": "removed", "ExitCode": "unknown"})
+        self._inspected = time.monotonic()
+        if state["Status"] not in ("exited", "dead", "removed", "stopped"):
+            return None
+        after = f"after {time.monotonic() - self._started:.1f} s"
+        if not state.get("OOMKilled"):
+            return Ending(f"container {self._spec.image} exited with code {state['ExitCode']} {after}")
+        limit = f"limit {self._spec.memory_mb:g} MB" if self._spec.memory_mb else "the machine's limit"
+        how = f"container {self._spec.image} exited with code {state['ExitCode']} (out of memory, {limit}) {after}"
+        more = int(2 * (self._spec.memory_mb or 1024))
+        return Ending(how, next=f"set stages.{self._stage}.container.memory_mb={more}")
+
+    def log_tail(self) -> str:
+        return tail(self._read_log(), self._context.secrets, self._log_name)
+
+    def close(self) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
+        with self._held:
+            _try(self._engine, "stop", f"--time={STOP_S}", self.name)
+            keep_log(self._read_log(), self._context.secrets, self._context.logs, self._log_name)
+            _try(self._engine, "rm", "--force", "--volumes", self.name)
+
+    def _inspect(self) -> dict[str, Any]:
+        try:
+            return self._engine.inspect(self.name)
+        except EngineError:
+            return {}
+
+    def _read_log(self) -> str:
+        try:
+            return self._engine.logs(self.name)
+        except EngineError:
+            return ""
