@@ -1,5 +1,6 @@
 """Locks and what becomes of them when their holder dies, pauses or meets others."""
 
+import fcntl
 import json
 import os
 import signal
@@ -93,6 +94,22 @@ def test_of_many_who_want_it_one_has_it(shared_place: Place):
         held = [lock for lock in pool.map(take, range(8)) if lock]
     assert len(held) == 1
     held[0].release()
+
+
+def test_a_holder_that_lets_go_between_our_opening_and_our_locking_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place, held = Place(f"{tmp_path}/lock", {}), []
+    held.append(place.lock())
+
+    def let_go_then_lock(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        held.pop().release()  # its file, which we have open, is now no file's
+        fcntl.flock(descriptor, operation)
+
+    monkeypatch.setattr("batchpipe.storage.flock.fcntl.flock", let_go_then_lock)
+    with place.lock(), pytest.raises(LockedError):
+        place.lock()
 
 
 def put_lock(store: Store, uri: str, **owner: Any) -> None:

@@ -4,11 +4,16 @@ import socket
 import socketserver
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from batchpipe.errors import OutputError
 from batchpipe.storage import Store, open_store
 from tests.s3_server import S3Server
+
+IN_THE_ANSWER = 30
+"""Behind the 25 bytes of an interim answer (100 Continue), before the end of any final one."""
 
 DATA = bytes(range(256)) * 4096 * 6
 
@@ -61,22 +66,27 @@ def line(s3_server: S3Server) -> Iterator[Line]:
 
 
 @pytest.fixture
-def store(s3_server: S3Server, line: Line, bucket: str) -> Store:
+def options(s3_server: S3Server, line: Line) -> dict[str, Any]:
     client_kwargs = {"endpoint_url": f"http://127.0.0.1:{line.server_address[1]}", "region_name": "us-east-1"}
-    store = open_store("s3://", {"s3": s3_server.storage_options | {"client_kwargs": client_kwargs}})
+    return s3_server.storage_options | {"client_kwargs": client_kwargs}
+
+
+@pytest.fixture
+def store(options: dict[str, Any], bucket: str) -> Store:
+    store = open_store("s3://", {"s3": options})
     store.put(f"s3://{bucket}/warm", b"")
     return store
 
 
 def test_a_create_whose_answer_was_lost_has_happened(store: Store, line: Line, bucket: str):
-    line.cut_next_answer_after(0)
+    line.cut_next_answer_after(IN_THE_ANSWER)
     version = store.create(f"s3://{bucket}/x", b"once")
     assert (line.cuts, store.read_with_version(f"s3://{bucket}/x")) == (1, (b"once", version))
 
 
 def test_a_replace_whose_answer_was_lost_has_happened(store: Store, line: Line, bucket: str):
     first = store.create(f"s3://{bucket}/x", b"1")
-    line.cut_next_answer_after(0)
+    line.cut_next_answer_after(IN_THE_ANSWER)
     version = store.replace(f"s3://{bucket}/x", b"2", first)
     assert (line.cuts, store.read_with_version(f"s3://{bucket}/x")) == (1, (b"2", version))
 
@@ -85,22 +95,22 @@ def test_a_publish_whose_answer_was_lost_has_happened(store: Store, line: Line, 
     with store.open_pending(f"s3://{bucket}/p", staging="", attempt="a") as piece:
         piece.write(DATA)
         pending = piece.finish()
-    line.cut_next_answer_after(0)
+    line.cut_next_answer_after(IN_THE_ANSWER)
     assert store.publish(pending) == store.stat(pending.uri).version
     assert line.cuts == 1
 
 
 def test_a_lock_whose_answers_were_lost_is_held(store: Store, line: Line, bucket: str):
-    line.cut_next_answer_after(0)
+    line.cut_next_answer_after(IN_THE_ANSWER)
     with store.lock(f"s3://{bucket}/lock", {"run": "r"}, ttl_s=3600) as lock:
-        line.cut_next_answer_after(0)
+        line.cut_next_answer_after(IN_THE_ANSWER)
         lock.renew()
         lock.renew()
     assert (line.cuts, store.exists(f"s3://{bucket}/lock")) == (2, False)
 
 
 def test_parts_whose_answers_were_lost_are_written_again(store: Store, line: Line, bucket: str):
-    line.cut_next_answer_after(0, times=2)
+    line.cut_next_answer_after(IN_THE_ANSWER, times=2)
     with store.open_pending(f"s3://{bucket}/p", staging="", attempt="a") as piece:
         piece.write(DATA)
         store.publish(piece.finish())
@@ -114,3 +124,13 @@ def test_a_body_that_breaks_off_is_read_again(store: Store, line: Line, bucket: 
     with store.open(f"s3://{bucket}/x", size=len(DATA), version=version) as file:
         assert file.read() == DATA
     assert line.cuts == 2
+
+
+def test_only_one_layer_repeats_what_failed(options: dict[str, Any], line: Line):
+    store = open_store("s3://", {"s3": options | {"config_kwargs": {"retries": {"total_max_attempts": 2}}}})
+    line.cut_next_answer_after(0, times=100)
+    with pytest.raises(
+        OutputError, match=r"cannot write 's3://bucket/x': no answer from http://127.0.0.1:\d+/bucket/x"
+    ):
+        store.open_pending("s3://bucket/x", staging="", attempt="a").finish()
+    assert line.cuts == 2  # a POST: aiohttp repeats a GET or a PUT once more by itself

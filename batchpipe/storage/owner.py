@@ -42,7 +42,9 @@ def locked(uri: str, owner: Mapping[str, Any], check: str) -> LockedError:
     """The error that names who holds the lock."""
     run = f"run {owner['run']}" if owner.get("run") else "another run"
     where = f" on {owner['host']}, pid {owner['pid']}, since {owner['since']}" if "pid" in owner else ""
-    return LockedError(f"{run}{where} holds this output", where=clean(uri), next=check)
+    error = LockedError(f"{run}{where} holds this output", where=clean(uri), next=check)
+    error.passes_soon = bool(owner.get("sweeps"))
+    return error
 
 
 def to_bytes(owner: Mapping[str, Any]) -> bytes:

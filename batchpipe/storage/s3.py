@@ -130,6 +130,11 @@ class S3Store:
         return PendingWriter(MultipartSink(self._client, resolve(uri), attempt))
 
     def publish(self, pending: Pending, *, replaces: str | None = None) -> str:
+        """By completing the upload, unless something is there.
+
+        A late publisher is always refused. Two in the same instant are told apart by AWS, but not by every store
+        (SeaweedFS 4.48 let several of sixteen through): the run's lock, a conditional put, is what keeps them apart.
+        """
         condition = {"IfNoneMatch": "*"} if replaces is None else {"IfMatch": f'"{replaces}"'}
         try:
             return complete(self._client, pending, **condition)

@@ -7,8 +7,9 @@ that was stale: of several who try one succeeds, and a holder that comes back fi
 import secrets
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from email.utils import parsedate_to_datetime
+from types import TracebackType
 from typing import Any, Self
 
 from batchpipe.errors import BatchpipeError, OutputError
@@ -58,8 +59,12 @@ class S3Lock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.release()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Where the run has failed already, that is what to tell; a lock that could not be given back lapses.
+        with suppress(BatchpipeError) if error is not None else nullcontext():
+            self.release()
 
     def _keep(self) -> None:
         while not self._released.wait(self._ttl_s / RENEWALS_PER_TTL):
