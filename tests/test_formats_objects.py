@@ -3,6 +3,7 @@
 import gzip
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,20 +12,19 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchpipe.batch import ByteRecords, MiniBatch
+from batchpipe.batch import MiniBatch
 from batchpipe.convert import InputSchema
 from batchpipe.errors import InputError
 from batchpipe.formats import FORMATS
 from batchpipe.formats import parquet as parquet_format
-from batchpipe.job import InputSpec
-from batchpipe.split import WHOLE, InputObject, Range
+from batchpipe.split import WHOLE, InputObject
+from tests.formats_kit import bytes_in, input_spec, range_of, rows_in
 
 
-def read(data: bytes, name: str = "x", format_: str = "lines", **keys: object) -> list[bytes]:
+def read(data: bytes, name: str = "x", format_: str = "lines", **keys: Any) -> list[bytes]:
     file = io.BytesIO(data)
-    range_ = Range(InputObject(0, name, len(data), ""), 0, WHOLE)
-    reader = FORMATS[format_].open_range(file, range_, 0, InputSpec(uri="x", format=format_, **keys), None)
-    records = [record for batch in reader if isinstance(batch.records, ByteRecords) for record in batch.records.to_list()]
+    reader = FORMATS[format_].open_range(file, range_of(data, name), 0, input_spec(format_, **keys), None)
+    records = bytes_in(reader)
     assert reader.records == len(records)
     assert not file.closed, "the caller closes what it opened"
     return records
@@ -53,13 +53,15 @@ def test_compression_is_as_stated_before_the_ending(name, stated):
 
 @pytest.mark.parametrize("ending", PACK)
 @pytest.mark.parametrize("damage", [
-    lambda data: data[:-1], lambda data: data[: len(data) // 2], lambda data: data[:3], lambda data: b"plain text",
+    lambda data: data[:-1], lambda data: data[: len(data) // 2], lambda data: data[:3], lambda _: b"plain text",
     lambda data: data + b"garbage", lambda data: data[:-6] + b"\0" + data[-5:],
 ])  # fmt: skip
 def test_truncated_or_corrupt_data_name_the_object(ending, damage):
     data = damage(PACK[ending](bytes(range(256)) * 50))
 
-    with pytest.raises(InputError, match=f"cannot read 'x.{ending}': its (gzip|zstd) data are truncated or corrupt: ") as caught:
+    with pytest.raises(
+        InputError, match=f"cannot read 'x.{ending}': its (gzip|zstd) data are truncated or corrupt: "
+    ) as caught:
         read(data, f"x.{ending}")
     assert caught.value.where.startswith(f"x.{ending}, after ")
 
@@ -74,15 +76,14 @@ def test_an_error_of_the_file_itself_stays_what_it_is(ending):
         def read(self, size: int | None = -1, /) -> bytes:
             raise FileNotFoundError(2, "gone", "x")
 
-    range_ = Range(InputObject(0, f"x.{ending}", 9, ""), 0, WHOLE)
     with pytest.raises(FileNotFoundError, match="gone"):
-        list(FORMATS["lines"].open_range(Vanishing(b"abc"), range_, 0, InputSpec(uri="x", format="lines"), None))
+        list(FORMATS["lines"].open_range(Vanishing(), range_of(b"abc", f"x.{ending}"), 0, input_spec("lines"), None))
 
 
 @pytest.mark.parametrize("encoding", ["shift_jis", "gb18030", "iso2022_jp"])
 def test_text_that_cannot_be_cut_as_bytes_is_read_as_utf8(encoding):
     text = "\u8868,\u80fd\n\u30bd|x\n"
-    spec = InputSpec(uri="x", format="lines", encoding=encoding)
+    spec = input_spec("lines", encoding=encoding)
     found = InputObject(0, "x", 99, "")
 
     assert read(text.encode(encoding), encoding=encoding) == [line.encode() for line in text.splitlines(keepends=True)]
@@ -90,7 +91,7 @@ def test_text_that_cannot_be_cut_as_bytes_is_read_as_utf8(encoding):
 
 
 def test_bytes_that_are_not_of_a_stated_encoding_name_it():
-    with pytest.raises(InputError, match="cannot read 'x' as shift_jis: .* illegal multibyte sequence"):
+    with pytest.raises(InputError, match=r"cannot read 'x' as shift_jis: .* illegal multibyte sequence"):
         read(b"a\n\x81\xff", encoding="shift_jis")
 
 
@@ -111,46 +112,47 @@ def test_an_object_over_the_limit_names_it_and_the_setting():
 # Parquet
 
 
-def parquet(table: pa.Table, group_rows: int = 10, **options: object) -> bytes:
+def parquet(table: pa.Table, group_rows: int = 10, *, use_dictionary: bool = True) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(table, sink, row_group_size=group_rows, **options)
+    pq.write_table(table, sink, row_group_size=group_rows, use_dictionary=use_dictionary)
     return sink.getvalue()
 
 
-def infer(*objects: bytes, **keys: object) -> InputSchema:
-    samples = ((InputObject(0, f"{place}.parquet", len(data), ""), io.BytesIO(data)) for place, data in enumerate(objects))
-    schema = FORMATS["parquet"].infer_schema(samples, InputSpec(uri="x", format="parquet", **keys))
+def infer(*objects: bytes, **keys: Any) -> InputSchema:
+    samples = ((InputObject(i, f"{i}.parquet", len(data), ""), io.BytesIO(data)) for i, data in enumerate(objects))
+    schema = FORMATS["parquet"].infer_schema(samples, input_spec("parquet", **keys))
     assert schema is not None
     return schema
 
 
 def read_parquet(data: bytes, schema: InputSchema, start: int = 0, stop: int = WHOLE) -> list[MiniBatch]:
-    range_ = Range(InputObject(0, "x.parquet", len(data), ""), start, stop)
-    reader = FORMATS["parquet"].open_range(io.BytesIO(data), range_, 0, InputSpec(uri="x", format="parquet"), schema)
+    range_ = range_of(data, "x.parquet", start, stop)
+    reader = FORMATS["parquet"].open_range(io.BytesIO(data), range_, 0, input_spec("parquet"), schema)
     batches = list(reader)
-    assert reader.records == sum(map(len, batches))
-    assert reader.first == start
-    assert all(batch.records.schema.equals(schema.schema, check_metadata=True) for batch in batches)
+    assert (reader.first, reader.records) == (start, sum(map(len, batches)))
+    tables = [batch.records for batch in batches if isinstance(batch.records, pa.Table)]
+    assert all(table.schema.equals(schema.schema, check_metadata=True) for table in tables)
     return batches
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(), max_size=60), st.integers(1, 20), st.integers(1, 2_000))
 def test_every_row_is_in_one_range_in_order(values, group_rows, split_bytes):
-    data = parquet(pa.table({"a": [str(value) for value in values]}, schema=pa.schema([("a", pa.string())])), group_rows)
+    rows = [{"a": str(value)} for value in values]
+    data = parquet(pa.Table.from_pylist(rows, pa.schema([("a", pa.string())])), group_rows)
     found = InputObject(0, "x.parquet", len(data), "")
-    cuts = list(FORMATS["parquet"].iter_cuts(lambda: io.BytesIO(data), found, split_bytes, InputSpec(uri="x", format="parquet")))
+    cuts = list(FORMATS["parquet"].iter_cuts(lambda: io.BytesIO(data), found, split_bytes, input_spec("parquet")))
 
     batches = [batch for start, stop in cuts for batch in read_parquet(data, infer(data), start, stop)]
 
-    assert [row["a"] for batch in batches for row in batch.records.to_pylist()] == [str(value) for value in values]
+    assert rows_in(batches) == rows
     assert [start for start, _ in cuts[1:]] == [stop for _, stop in cuts[:-1]]
 
 
 def test_the_footer_of_an_object_that_is_not_cut_is_not_read():
-    found = InputObject(0, "x.parquet", 100, "")
+    cuts = FORMATS["parquet"].iter_cuts(pytest.fail, InputObject(0, "x", 100, ""), 100, input_spec("parquet"))
 
-    assert list(FORMATS["parquet"].iter_cuts(pytest.fail, found, 100, InputSpec(uri="x", format="parquet"))) == [(0, WHOLE)]
+    assert list(cuts) == [(0, WHOLE)]
 
 
 def test_ordinals_run_over_the_row_groups_of_a_range_and_offsets_are_unknown():
@@ -167,11 +169,13 @@ def test_columns_are_picked_and_types_are_plain():
     schema = infer(data, columns=["c", "b"])
 
     assert schema.schema.equals(pa.schema([("c", pa.string()), ("b", pa.string())]), check_metadata=True)
-    assert read_parquet(data, schema)[0].records.to_pylist() == [{"c": "y", "b": "x"}]
+    assert rows_in(read_parquet(data, schema)) == [{"c": "y", "b": "x"}]
 
 
 def test_rows_come_in_tables_of_bounded_size():
-    data = parquet(pa.table({"a": [str(i) * 100_000 for i in range(10)] * 10, "b": range(100)}), 100, use_dictionary=False)
+    data = parquet(
+        pa.table({"a": [str(i) * 100_000 for i in range(10)] * 10, "b": range(100)}), 100, use_dictionary=False
+    )
 
     assert max(batch.nbytes for batch in read_parquet(data, infer(data))) <= 1.2 * parquet_format.BATCH_BYTES
     assert len(read_parquet(data, infer(data, columns=["b"]))) == 1
@@ -181,33 +185,33 @@ def test_other_objects_are_cast_to_the_first_ones_columns_or_named():
     schema = infer(parquet(pa.table({"a": pa.array([1], pa.int64()), "b": ["x"]})))
 
     narrow = parquet(pa.table({"b": ["y"], "more": [0], "a": pa.array([2], pa.int8())}))
-    assert read_parquet(narrow, schema)[0].records.to_pylist() == [{"a": 2, "b": "y"}]
-    with pytest.raises(InputError, match="'x.parquet' lacks the column 'b', compared with '0.parquet'"):
+    assert rows_in(read_parquet(narrow, schema)) == [{"a": 2, "b": "y"}]
+    with pytest.raises(InputError, match=r"'x.parquet' lacks the column 'b', compared with '0.parquet'"):
         read_parquet(parquet(pa.table({"a": [1]})), schema)
-    with pytest.raises(InputError, match="the columns of 'x.parquet' do not fit those of '0.parquet'") as caught:
+    with pytest.raises(InputError, match=r"the columns of 'x.parquet' do not fit those of '0.parquet'") as caught:
         read_parquet(parquet(pa.table({"a": ["x"], "b": ["y"]})), schema)
     assert caught.value.where == "x.parquet: a string, b string; 0.parquet: a int64, b string"
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-5], lambda data: data[: len(data) // 2], lambda data: b"text" * 9])
+@pytest.mark.parametrize("damage", [lambda data: data[:-5], lambda data: data[: len(data) // 2], lambda _: b"text" * 9])
 def test_truncated_parquet_names_the_object(damage):
     data = parquet(pa.table({"a": range(1000)}))
 
-    with pytest.raises(InputError, match="cannot read 'x.parquet' as Parquet: "):
+    with pytest.raises(InputError, match=r"cannot read 'x.parquet' as Parquet: "):
         read_parquet(damage(data), infer(data))
-    with pytest.raises(InputError, match="cannot read '0.parquet' as Parquet: "):
+    with pytest.raises(InputError, match=r"cannot read '0.parquet' as Parquet: "):
         infer(damage(data))
 
 
 def test_a_damaged_page_names_the_object():
     data = parquet(pa.table({"a": [str(i) for i in range(1000)]}), 1000, use_dictionary=False)
 
-    with pytest.raises(InputError, match="cannot read 'x.parquet' as Parquet: "):
+    with pytest.raises(InputError, match=r"cannot read 'x.parquet' as Parquet: "):
         read_parquet(data[:4] + b"\xff" * 400 + data[404:], infer(data))
 
 
 def test_an_unknown_column_is_named_with_those_there_are():
-    with pytest.raises(InputError, match="input.columns names 'z', which is not a column of '0.parquet'") as caught:
+    with pytest.raises(InputError, match=r"input.columns names 'z', which is not a column of '0.parquet'") as caught:
         infer(parquet(pa.table({"a": [1], "b": ["x"]})), columns=["z"])
 
     assert caught.value.where == "0.parquet: a int64, b string"

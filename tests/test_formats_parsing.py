@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,15 +13,16 @@ from hypothesis import strategies as st
 
 from batchpipe.batch import ByteRecords
 from batchpipe.convert import CsvDialect, InputSchema, Parsed, csv_to_table, jsonl_to_table
+from tests.formats_kit import schema_of
 
-AB = pa.schema([("a", pa.int64()), ("b", pa.string())])
+AB = schema_of(a=pa.int64(), b=pa.string())
 
 
 def columns(schema: pa.Schema = AB, stated: str = "ab") -> InputSchema:
     return InputSchema(schema, frozenset(stated), tuple(schema.names), "x.csv")
 
 
-def of_csv(*records: bytes, schema: pa.Schema = AB, stated: str = "ab", **dialect: object) -> Parsed:
+def of_csv(*records: bytes, schema: pa.Schema = AB, stated: str = "ab", **dialect: Any) -> Parsed:
     return csv_to_table(ByteRecords.of(records), columns(schema, stated), CsvDialect(**dialect))
 
 
@@ -83,12 +85,16 @@ def test_a_bad_json_line_fails_alone_and_says_why(record, reason):
 
 
 def test_a_misfit_says_whether_its_type_was_a_guess_and_which_type_fits():
-    schema = pa.schema([("a", pa.int64()), ("b", pa.null())])
+    schema = schema_of(a=pa.int64(), b=pa.null())
 
     (guess,), (stated,) = (of_csv(b"1.5,\n", schema=schema, stated=names).failures for names in ("", "a"))
     assert (guess.column, guess.value, guess.is_guess, guess.fitting) == ("a", "1.5", True, "float64")
     assert not stated.is_guess
-    assert [of_csv(row, schema=schema).failures[0].fitting for row in (b",7\n", b",x\n", b"x,\n")] == ["int64", "string", "string"]
+    assert [of_csv(row, schema=schema).failures[0].fitting for row in (b",7\n", b",x\n", b"x,\n")] == [
+        "int64",
+        "string",
+        "string",
+    ]
 
 
 def test_json_keys_are_free_in_order_may_be_missing_and_others_are_passed_over():
@@ -117,7 +123,9 @@ def test_text_in_another_encoding_is_decoded_where_it_is_parsed():
 
     assert of_csv(latin, encoding="latin-1").table.to_pylist() == [{"a": 1, "b": "\u00e9"}]
     assert of_json('{"b": "\u00e9"}'.encode("latin-1"), encoding="latin-1").table.column("b").to_pylist() == ["\u00e9"]
-    assert reasons(of_csv(b"1,x\n", latin, encoding="ascii")) == {1: "is not ascii: ordinal not in range(128) (input.encoding)"}
+    assert reasons(of_csv(b"1,x\n", latin, encoding="ascii")) == {
+        1: "is not ascii: ordinal not in range(128) (input.encoding)"
+    }
 
 
 def test_nulls_are_the_texts_stated_quoted_or_not():
@@ -138,7 +146,9 @@ def test_picked_columns_are_read_in_the_order_picked():
     assert csv_to_table(ByteRecords.of([b"1,x,3\n"]), wide).table.to_pylist() == [{"c": 3, "a": 1}]
 
 
-CSV_RECORD = st.sampled_from([b"1,x\n", b"2,y\r\n", b',"a\nb"\n', b"3\n", b"4,5,6\n", b"z,1\n", b'7,"\r"\n', b"8\r9,1\n"])
+CSV_RECORD = st.sampled_from(
+    [b"1,x\n", b"2,y\r\n", b',"a\nb"\n', b"3\n", b"4,5,6\n", b"z,1\n", b'7,"\r"\n', b"8\r9,1\n"]
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -153,7 +163,9 @@ def test_csv_records_parse_together_as_they_do_alone(records):
 
 
 LINE = st.text('{}[]":,a1 nul\\', max_size=12).map(lambda text: text.encode() + b"\n")
-JSON_RECORD = LINE | st.sampled_from([b'{"a":1}\n', b' {"a":2,"b":"x"} \n', b"null\n", b"{}{}\n", b"{}null{}\n", b'{"a":"x"}\n'])
+JSON_RECORD = LINE | st.sampled_from(
+    [b'{"a":1}\n', b' {"a":2,"b":"x"} \n', b"null\n", b"{}{}\n", b"{}null{}\n", b'{"a":"x"}\n']
+)
 
 
 @settings(max_examples=300, deadline=None)

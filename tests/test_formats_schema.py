@@ -4,8 +4,8 @@ import io
 import pickle
 import re
 from collections.abc import Iterator
+from typing import Any
 
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from batchpipe.batch import ByteRecords
 from batchpipe.convert import InputSchema
 from batchpipe.errors import InputError
-from batchpipe.formats import FORMATS, misfit_error
-from batchpipe.formats.sampling import SAMPLE_BYTES
+from batchpipe.formats import FORMATS, csv, misfit_error
 from batchpipe.formats.fields import reorder_fields
-from batchpipe.job import InputSpec
-from batchpipe.split import WHOLE, InputObject, Range
+from batchpipe.formats.sampling import SAMPLE_BYTES
+from batchpipe.split import InputObject
+from tests.formats_kit import input_spec, range_of
 
 
-def infer(*objects: bytes, format_: str = "csv", **keys: object) -> InputSchema:
-    spec = InputSpec(uri="x", format=format_, **keys)
-    schema = FORMATS[format_].infer_schema(samples(*objects), spec)
+def infer(*objects: bytes, format_: str = "csv", **keys: Any) -> InputSchema:
+    schema = FORMATS[format_].infer_schema(samples(*objects), input_spec(format_, **keys))
     assert schema is not None
-    return pickle.loads(pickle.dumps(schema))
+    assert pickle.loads(pickle.dumps(schema)) == schema
+    return schema
 
 
 def samples(*objects: bytes) -> Iterator[tuple[InputObject, io.BytesIO]]:
@@ -36,14 +36,11 @@ def types(schema: InputSchema) -> dict[str, str]:
     return {field.name: str(field.type) for field in schema.schema}
 
 
-def rows(data: bytes, schema: InputSchema, uri: str = "other.csv", **keys: object) -> list[dict[str, object]]:
-    spec = InputSpec(uri="x", **keys)
-    range_ = Range(InputObject(1, uri, len(data), ""), 0, WHOLE)
-    found = []
-    for batch in FORMATS["csv"].open_range(io.BytesIO(data), range_, 0, spec, schema):
+def rows(data: bytes, schema: InputSchema) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for batch in csv.open_range(io.BytesIO(data), range_of(data, "other.csv"), 0, input_spec(), schema):
         assert isinstance(batch.records, ByteRecords)
-        assert FORMATS["csv"].to_table is not None
-        found += FORMATS["csv"].to_table(batch.records, schema, spec).table.to_pylist()
+        found += csv.to_table(batch.records, schema, input_spec()).table.to_pylist()
     return found
 
 
@@ -51,13 +48,13 @@ def test_types_are_inferred_and_stated_ones_win():
     schema = infer(b"a,b,c,d\n1,2,x,\n3,4.5,y,\n", types={"a": "string"})
 
     assert types(schema) == {"a": "string", "b": "double", "c": "string", "d": "null"}
-    assert (schema.stated, schema.columns, schema.header_of) == ({"a"}, ("a", "b", "c", "d"), "0.csv")
+    assert (schema.stated, schema.columns, schema.header_of) == (frozenset("a"), ("a", "b", "c", "d"), "0.csv")
 
 
 @pytest.mark.parametrize(("first", "second", "wide"), [
     ("1", "2.5", "double"), ("1", "x", "string"), ("", "1", "int64"), ("1", "", "int64"), ("true", "1", "string"),
-    ("2013-01-01", "2013-01-01 10:00:00", "timestamp[s]"), ("2013-01-01 10:00:00", "2013-01-01 10:00:00.5", "timestamp[ns]"),
-    ("2013-01-01 10:00:00", "2013-01-01T10:00:00Z", "string"), ("\u00e9", "x", "string"),
+    ("2013-01-01", "2013-01-01 10:00", "timestamp[s]"), ("2013-01-01 10:00", "2013-01-01 10:00:00.5", "timestamp[ns]"),
+    ("2013-01-01 10:00", "2013-01-01T10:00Z", "string"), ("\u00e9", "x", "string"),
 ])  # fmt: skip
 def test_types_are_widened_over_the_sampled_objects(first, second, wide):
     assert types(infer(f"b,a\n0,{first}\n".encode(), f"a,b\n{second},0\n".encode())) == {"b": "int64", "a": wide}
@@ -135,7 +132,7 @@ def test_other_columns_name_both_headers(header, says):
 
 
 def test_a_column_named_twice_is_refused():
-    with pytest.raises(InputError, match="the header of '0.csv' names column 'a' twice"):
+    with pytest.raises(InputError, match=r"the header of '0.csv' names column 'a' twice"):
         infer(b"a,b,a\n")
 
 
@@ -143,7 +140,7 @@ def test_a_header_in_another_encoding():
     schema = infer("\u00e9,b\n1,2\n".encode("latin-1"), encoding="latin-1")
 
     assert types(schema) == {"\u00e9": "int64", "b": "int64"}
-    with pytest.raises(InputError, match="cannot read the first record of '0.csv'"):
+    with pytest.raises(InputError, match=r"cannot read the first record of '0.csv'"):
         infer("\u00e9,b\n1,2\n".encode("latin-1"))
 
 
@@ -160,12 +157,12 @@ def test_json_keys_come_from_the_sample_and_those_stated():
     )
 
     assert types(schema) == {"a": "double", "b": "struct<x: list<item: int64>, y: string>", "c": "null", "d": "bool"}
-    assert (schema.stated, schema.is_whole) == ({"d"}, True)
+    assert (schema.stated, schema.is_whole) == (frozenset("d"), True)
 
 
 def test_json_values_of_different_kinds_must_be_stated():
     for objects in ([b'{"a": 1}\n{"a": "x"}\n'], [b'{"a": 1}\n', b'{"a": "x"}\n']):
-        with pytest.raises(InputError, match="a key holds values of different kinds, .*: a: ") as caught:
+        with pytest.raises(InputError, match=r"a key holds values of different kinds, .*: a: ") as caught:
             infer(*objects, format_="jsonl")
         assert caught.value.next.endswith("input.types.a: string")
         assert types(infer(*objects, format_="jsonl", types={"a": "int64"})) == {"a": "int64"}
@@ -180,7 +177,7 @@ def test_a_json_line_of_any_depth_is_survived():
 
 
 def test_json_that_is_not_json_lines_is_told():
-    with pytest.raises(InputError, match="none of the first records of '0.csv' is a JSON object with a key"):
+    with pytest.raises(InputError, match=r"none of the first records of '0.csv' is a JSON object with a key"):
         infer(b'[\n  {"a":\n 1}\n]\n', format_="jsonl")
 
 
@@ -189,7 +186,7 @@ def test_objects_without_a_header_may_have_ragged_first_records():
 
 
 def test_a_json_column_that_no_record_has_must_be_given_a_type():
-    with pytest.raises(InputError, match="input.columns names 'z', which the first records do not have") as caught:
+    with pytest.raises(InputError, match=r"input.columns names 'z', which the first records do not have") as caught:
         infer(b'{"a": 1}\n', format_="jsonl", columns=["z"])
 
     assert "input.types.z: string" in caught.value.next
@@ -197,8 +194,7 @@ def test_a_json_column_that_no_record_has_must_be_given_a_type():
 
 def test_a_wrong_guess_names_column_value_object_offset_and_setting():
     schema = infer(b"a\n1\n")
-    assert FORMATS["csv"].to_table is not None
-    (bad,) = FORMATS["csv"].to_table(ByteRecords.of([b"1.5\n"]), schema, InputSpec(uri="x")).failures
+    (bad,) = csv.to_table(ByteRecords.of([b"1.5\n"]), schema, input_spec()).failures
 
     error = misfit_error(bad, "s3://b/x.csv", 1234)
 

@@ -4,7 +4,10 @@ import csv
 import gzip
 import io
 import json
-from datetime import date, datetime
+from collections.abc import Sequence
+from datetime import date
+from itertools import pairwise
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,21 +22,19 @@ from batchpipe.convert.schema import InputSchema
 from batchpipe.errors import OutputError
 from batchpipe.formats import open_writer, parquet_writer
 from batchpipe.formats.parquet_writer import record_bytes
-from batchpipe.job import OutputSpec
+from tests.formats_kit import output_spec, schema_of
 
-SCHEMA = pa.schema([
-    ("i", pa.int64()), ("f", pa.float64()), ("s", pa.string()), ("b", pa.bool_()), ("t", pa.timestamp("us")),
-])  # fmt: skip
-NESTED = pa.schema([
-    ("l", pa.list_(pa.string())), ("x", pa.list_(pa.float32(), 2)), ("o", pa.struct([("k", pa.int8()), ("v", pa.string())])),
-    ("m", pa.map_(pa.string(), pa.int64())), ("n", pa.null()),
-])  # fmt: skip
+SCHEMA = schema_of(i=pa.int64(), f=pa.float64(), s=pa.string(), b=pa.bool_(), t=pa.timestamp("us"))
+PAIR = pa.struct([pa.field("k", pa.int8()), pa.field("v", pa.string())])
+NESTED = schema_of(
+    l=pa.list_(pa.string()), x=pa.list_(pa.float32(), 2), o=PAIR, m=pa.map_(pa.string(), pa.int64()), n=pa.null()
+)
 ROW = st.fixed_dictionaries({
     "i": st.none() | st.integers(-9, 9),
     "f": st.none() | st.floats(width=16, allow_infinity=False),
     "s": st.none() | st.text('a,"\n\r\u00e9', max_size=4),
     "b": st.none() | st.booleans(),
-    "t": st.none() | st.datetimes(datetime(1990, 1, 1), datetime(2030, 1, 1)),
+    "t": st.none() | st.integers(0, 10**15),
 })  # fmt: skip
 
 
@@ -48,9 +49,9 @@ class WriteOnly:
         return len(data)
 
 
-def written(parts: list[Records], schema: pa.Schema | None = SCHEMA, *, header: bool = True, **keys: object) -> bytes:
+def written(parts: Sequence[Records], schema: pa.Schema | None = SCHEMA, *, header: bool = True, **keys: Any) -> bytes:
     sink = WriteOnly()
-    writer = open_writer(OutputSpec(uri="x", **keys), sink, schema, header=header)
+    writer = open_writer(output_spec(**keys), sink, schema, header=header)
     for part in parts:
         writer.write(part)
     writer.close()
@@ -58,9 +59,9 @@ def written(parts: list[Records], schema: pa.Schema | None = SCHEMA, *, header: 
     return bytes(sink.data)
 
 
-def cut(table: pa.Table, at: list[int]) -> list[Records]:
+def cut(table: pa.Table, at: list[int]) -> list[pa.Table]:
     bounds = [0, *sorted(place % (len(table) + 1) for place in at), len(table)]
-    return [table.slice(start, stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [table.slice(start, stop - start) for start, stop in pairwise(bounds)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -75,7 +76,8 @@ def test_bytes_do_not_depend_on_the_batches(format_, codec, rows, at):
         patch.setattr(parquet_writer, "GROUP_BYTES", 150)
         patch.setattr("batchpipe.formats.compression.CHUNK_BYTES", 64)
 
-        whole, parts = (written(p, format=format_, compression=codec) for p in ([table], cut(table, at)))
+        whole = written([table], format=format_, compression=codec)
+        parts = written(cut(table, at), format=format_, compression=codec)
 
     assert parts == whole
 
@@ -154,7 +156,7 @@ def test_text_answers_are_written_as_they_are_where_they_are_of_the_format():
 
     assert [json.loads(line) for line in written([lines], None, format="jsonl").splitlines()] == [{"a": 1}, {"a": 2}]
     assert written([ByteRecords.of([b"1,2", b"3,4"], "text/csv")], None, format="csv") == b"1,2\n3,4\n"
-    with pytest.raises(OutputError, match="output.format csv cannot hold answers of application/jsonlines"):
+    with pytest.raises(OutputError, match=r"output.format csv cannot hold answers of application/jsonlines"):
         written([lines], None, format="csv")
 
 
@@ -167,7 +169,7 @@ def test_raw_adds_a_newline_only_where_an_answer_lacks_one():
 
 
 def test_raw_refuses_a_table_of_columns():
-    with pytest.raises(OutputError, match="output.format raw takes bytes, and the last stage answers a table of i, f"):
+    with pytest.raises(OutputError, match=r"output.format raw takes bytes, and the last stage answers a table of i, f"):
         written([pa.table({"i": [1], "f": [1.5]})], None, format="raw")
 
 
@@ -177,9 +179,9 @@ def test_csv_refuses_nested_columns_before_anything_is_written():
 
 
 def test_parquet_refuses_bytes():
-    with pytest.raises(OutputError, match="output.format parquet needs columns, and the last stage answers bytes"):
+    with pytest.raises(OutputError, match=r"output.format parquet needs columns, and the last stage answers bytes"):
         written([], None, format="parquet")
-    with pytest.raises(OutputError, match="output.format parquet cannot hold answers of text/csv"):
+    with pytest.raises(OutputError, match=r"output.format parquet cannot hold answers of text/csv"):
         written([ByteRecords.of([b"1"], "text/csv")], format="parquet")
 
 
@@ -204,4 +206,6 @@ def test_text_is_compressed_as_stated_with_no_time_in_it(codec, unpack):
 def test_a_part_without_records_has_its_schema():
     assert pq.read_schema(io.BytesIO(written([]))).equals(SCHEMA)
     assert written([], format="csv") == b'"i","f","s","b","t"\n'
-    assert written([], format="csv", header=False) == written([], format="jsonl") == written([], None, format="raw") == b""
+    assert (
+        written([], format="csv", header=False) == written([], format="jsonl") == written([], None, format="raw") == b""
+    )
