@@ -85,3 +85,5 @@ class LockedError(BatchpipeError):
     """Another run holds this output."""
 
     exit_code = 75
+    passes_soon = False
+    """Whether it is only the sweep after a killed run, which takes seconds."""

@@ -8,12 +8,12 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batchpipe.errors import JobError, LockedError, OutputError
+from batchpipe.errors import BatchpipeError, JobError, LockedError, OutputError
 from batchpipe.job import Job
 from batchpipe.journal import Journal, open_journal
 from batchpipe.manifest import Input, LongTable, Manifest, Part, SplitResult
@@ -38,6 +38,8 @@ from batchpipe.storage import Lock, Pending, Store, join, open_store, relative
 
 PUBLISHERS = 8
 LOCK_POLL_S = 0.5
+SWEEP_S = 30.0
+"""How long the sweep of a killed run is waited for: who starts it again at once does not want to hear of it."""
 Row = TypeVar("Row", Part, Input)
 
 
@@ -123,6 +125,8 @@ class Output:
         listed = self._write_table("inputs.jsonl", input_rows, lambda row: row.bytes)
         manifest = manifest.model_copy(update={"parts": table, "inputs": listed, "finished": _now()})
         self.store.put(self.folder.manifest, manifest.model_dump_json(indent=2).encode() + b"\n")
+        for left in iter_pending(self.store, self.folder):  # what workers wrote that were lost
+            self.store.discard(left)
         self._remove_replaced(manifest)
         self._remove_journal()
         self.manifest = with_dataset(manifest, self.store, self.folder.root, self.job.output.storage_options)
@@ -131,6 +135,7 @@ class Output:
     def sweep(self) -> None:
         """Discard the pending pieces that no flushed journal entry names: nothing could ever publish them."""
         if self.manifest is None:
+            self.lock.renew()  # who has taken the run over judges its pieces from then on
             self.journal.flush()
             sweep_run(self.store, self.folder)
 
@@ -202,23 +207,27 @@ def open_output(
         output.replaced = finished
         output.pieces = PieceSpool(scratch / "pieces.spool")
         output.journal = open_journal(store, output.folder / "journal")
-        try:
-            yield output
-        finally:
-            output.sweep()
-            output.pieces.close()
+        with closing(output.pieces):
+            try:
+                yield output
+            except BaseException:
+                with suppress(
+                    BatchpipeError
+                ):  # the first error is the one to tell; what stays is swept by the next start
+                    output.sweep()
+                raise
 
 
 @contextmanager
 def _lock(store: Store, root: str, owner: Mapping[str, str], wait_s: float) -> Iterator[Lock]:
-    """Hold the output's lock, waiting for it if asked to. Raises LockedError (75)."""
-    deadline = time.monotonic() + wait_s
+    """Hold the output's lock, waiting for it if asked to, and for a sweep in any case. Raises LockedError (75)."""
+    began = time.monotonic()
     while True:
         try:
             lock = store.lock(join(root, HIDDEN, "lock"), owner)
             break
-        except LockedError:
-            if time.monotonic() >= deadline:
+        except LockedError as error:
+            if time.monotonic() - began >= max(wait_s, SWEEP_S if error.passes_soon else 0.0):
                 raise
             time.sleep(LOCK_POLL_S)
     with lock:

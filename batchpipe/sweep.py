@@ -17,7 +17,7 @@ def main() -> None:
     file.unlink()
     store, folder = open_store(order["root"], order["options"]), RunFolder(order["root"], order["run_id"])
     try:
-        with store.lock(join(folder.root, HIDDEN, "lock"), {"run": folder.run_id, "job": "sweep"}):
+        with store.lock(join(folder.root, HIDDEN, "lock"), {"run": folder.run_id, "sweeps": True}):
             sweep_run(store, folder)
     except LockedError:
         return
