@@ -8,7 +8,7 @@ import asyncio
 import threading
 from collections import defaultdict, deque
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from batchpipe.invoke import FailedRecord, FailureLimit, Outcome, invoke
 from batchpipe.job import Job
 from batchpipe.manifest import StageStats
 from batchpipe.stages import InvocationFailed, OpenStage, StageContext, open_stage
+from batchpipe.stages.watcher import Watcher
 
 
 class Chain:
@@ -119,19 +120,26 @@ def _compose(before: Outcome, answer: Outcome) -> Outcome:
     )
 
 
-def open_chain(job: Job, context: StageContext) -> Chain:
-    """Open all stages of a job, side by side. Raises the first error, with everything that was opened closed again."""
+def open_chain(job: Job, context: StageContext, watcher: Watcher | None) -> Chain:
+    """Open all stages of a job, side by side; `watcher` is that of the worker, where there are processes to start.
+
+    Raises the first error, with everything that was opened closed again and what was still starting given up.
+    """
+    cancelled = threading.Event()
     loop = asyncio.new_event_loop()
     threading.Thread(target=_run, args=(loop,), name="chain", daemon=True).start()
     with ThreadPoolExecutor(len(job.stages), thread_name_prefix="open") as threads:
-        opening = [threads.submit(open_stage, stage, job, context) for stage in job.stages]
-    errors = [future.exception() for future in opening]
-    if any(errors):
-        for future, error in zip(opening, errors, strict=True):
-            if error is None:
+        opening = [threads.submit(open_stage, stage, job, context, watcher, cancelled) for stage in job.stages]
+        done, _ = wait(opening, return_when=FIRST_EXCEPTION)
+        first = next((error for future in done if (error := future.exception())), None)
+        if first is not None:
+            cancelled.set()
+    if first is not None:
+        for future in opening:
+            if future.exception() is None:
                 future.result().close()
         loop.call_soon_threadsafe(loop.stop)
-        raise next(error for error in errors if error is not None)
+        raise first
     return Chain([future.result() for future in opening], [stage.invocations_max_retries for stage in job.stages], loop)
 
 

@@ -37,6 +37,7 @@ MAX_LOST = 4
 WORKERS_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 10.0
 LEASE_RENEWED_S = 2.0
+RELEASE_TIMEOUT_S = 20.0
 TICK_S = 0.2
 
 
@@ -170,6 +171,8 @@ def open_pool(
         release.enter_context(dask.config.set({"temporary-directory": str(scratch)}))
         if processes is not None:
             client = _open_local(processes, release)
+            if lease.is_for_local_workers:
+                release.callback(_end, client, lease)
         else:
             client = _open_foreign(compute, release)
             release.enter_context(_renewing(client, lease))
@@ -190,6 +193,8 @@ class Lease:
     renew: Callable[..., None]
     end: Callable[..., None]
     args: tuple[Any, ...]
+    is_for_local_workers: bool
+    """Whether also local workers must end it before they are killed: they hold processes that want to be asked."""
 
 
 def _open_local(processes: WorkerProcesses, release: contextlib.ExitStack) -> Client:
@@ -276,8 +281,16 @@ def _renewing(client: Client, lease: Lease) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(OSError, TimeoutError):
-            client.run(lease.end, *lease.args, on_error="ignore")
+        _end(client, lease)
+
+
+def _end(client: Client, lease: Lease) -> None:
+    """End the lease on every worker that answers in time; the watchers of the others release what they hold."""
+    asking = threading.Thread(
+        target=client.run, args=(lease.end, *lease.args), kwargs={"on_error": "ignore"}, daemon=True
+    )
+    asking.start()
+    asking.join(RELEASE_TIMEOUT_S)
 
 
 def _no_workers(processes: WorkerProcesses | None) -> PoolError:

@@ -15,7 +15,8 @@ from batchpipe.redact import clean_uri
 from batchpipe.runner import PROBED_AT_ONCE, open_scratch
 from batchpipe.source import line_of
 from batchpipe.storage import join, open_store
-from batchpipe.transform import Orders, Schemas, close_worker_chain, probe
+from batchpipe.transform import Orders, Schemas, probe
+from batchpipe.worker_chain import close_worker_chain
 
 NO_CONDITIONAL_PUT = ", but the store overwrites when told not to: two runs at once are not kept apart there"
 

@@ -48,7 +48,7 @@ class WorkerProcesses:
     def start(self, count: int) -> None:
         """Start `count` workers, each with its share of the cores for libraries that have threads of their own."""
         self._threads = max(1, available_cores() // count)
-        self._workers = [self._start_one() for _ in range(count)]
+        self._workers = [self._start_one(copy) for copy in range(count)]
         self._guard.start()
 
     def join_cluster(self, address: str, security: dict[str, Any]) -> None:
@@ -77,10 +77,10 @@ class WorkerProcesses:
                 worker.process.stop(grace_s=0)
         self._workers.clear()
 
-    def _start_one(self) -> _Worker:
+    def _start_one(self, copy: int) -> _Worker:
         number, self._started = self._started, self._started + 1
         log = self._scratch / f"worker-{number}.log"
-        command = [sys.executable, "-P", "-m", "batchpipe.worker", str(self._scratch), str(number)]
+        command = [sys.executable, "-P", "-m", "batchpipe.worker", str(self._scratch), str(number), str(copy)]
         env = {**dict.fromkeys(_THREAD_VARIABLES, str(self._threads)), **os.environ, "PYTHONFAULTHANDLER": "1"}
         process = self._watcher.start(command, env=env, cwd=Path.cwd(), log=log)
         return _Worker(process, log)
@@ -105,7 +105,7 @@ class WorkerProcesses:
                 self.error = PoolError(msg, log=self.log_tail(), next="the same command again resumes the run")
                 self._closing.set()
                 return
-            self._workers[place] = self._start_one()
+            self._workers[place] = self._start_one(place)
 
 
 def available_cores() -> int:

@@ -38,7 +38,8 @@ from batchpipe.redact import clean_uri
 from batchpipe.schedule import Schedule, Tally
 from batchpipe.source import line_of, read_gauge
 from batchpipe.stages.watcher import Watcher, open_watcher
-from batchpipe.transform import Orders, Schemas, close_worker_chain, probe, prove_nothing, renew_lease, run_splits
+from batchpipe.transform import Orders, Schemas, probe, prove_nothing, run_splits
+from batchpipe.worker_chain import close_worker_chain, renew_lease
 
 if TYPE_CHECKING:
     from batchpipe.pool import Pool
@@ -304,7 +305,7 @@ def open_workers(job: Job, run_id: str, splits: int, scratch: Path, watcher: Wat
         processes.start(count)
     from batchpipe.pool import Lease, open_pool  # the slowest import of all, after the workers have begun theirs
 
-    lease = Lease(renew_lease, close_worker_chain, (run_id,))
+    lease = Lease(renew_lease, close_worker_chain, (run_id,), any(stage.is_http for stage in job.stages))
     with open_pool(job.compute, processes, lease, read_gauge, scratch) as pool:
         yield pool
 

@@ -4,7 +4,6 @@ Also `run_chain`, the same chain without Dask or files, and the probe that prove
 """
 
 import base64
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,8 +29,7 @@ from batchpipe.specs.arrow_types import arrow_type
 from batchpipe.split import InputObject, Split
 from batchpipe.stages import StageContext
 from batchpipe.storage import ObjectFile, open_store
-
-LEASE_S = 6.0
+from batchpipe.worker_chain import open_worker_chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,45 +69,6 @@ class Orders:
     schemas: Schemas
     allowed_failures: int | None
     version: str = __version__
-
-
-_chains: dict[str, Chain] = {}
-_leases: dict[str, float] = {}
-_opening = threading.Lock()
-
-
-def open_worker_chain(job: Job, run_id: str) -> Chain:
-    """The chain of a run in this process, opened by whoever asks first. Raises what opening a stage raises (2, 4)."""
-    with _opening:
-        if run_id not in _chains:
-            _chains[run_id] = open_chain(job, StageContext(run_id, 0, Path(), Path(), secrets_of(job)))
-        return _chains[run_id]
-
-
-def close_worker_chain(run_id: str) -> None:
-    """Close the chain of a run in this process, if it was opened."""
-    with _opening:
-        chain = _chains.pop(run_id, None)
-        _leases.pop(run_id, None)
-    if chain is not None:
-        chain.close()
-
-
-def renew_lease(run_id: str) -> None:
-    """Note on a worker that outlives drivers that this run's driver is alive; without news the chain is closed."""
-    is_new = run_id not in _leases
-    _leases[run_id] = time.monotonic()
-    if is_new:
-        threading.Thread(target=_watch_lease, args=(run_id,), name=f"lease {run_id}", daemon=True).start()
-
-
-def _watch_lease(run_id: str) -> None:
-    while (renewed := _leases.get(run_id)) is not None:
-        left = renewed + LEASE_S - time.monotonic()
-        if left <= 0:
-            close_worker_chain(run_id)
-            return
-        time.sleep(left)
 
 
 def run_splits(splits: tuple[Split, ...], orders: Orders) -> list[SplitResult | SplitFailed]:
@@ -244,7 +203,7 @@ def run_chain(job: Job, table: Records) -> Outcome:
     Raises StageStartError or JobError where a stage cannot be opened; records that fail are in the outcome.
     """
     batch = MiniBatch(table, Origins.of_range(0, 0, np.full(len(table), -1, np.int64)))
-    with open_chain(job, StageContext("", 0, Path(), Path(), secrets_of(job))) as chain:
+    with open_chain(job, StageContext("", 0, Path(), Path(), secrets_of(job)), None) as chain:
         return next(outcome for _, outcome in chain.stream([batch], FailureLimit(None), new_stats()))
 
 

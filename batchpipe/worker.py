@@ -1,4 +1,4 @@
-"""What a local pool starts as `python -m batchpipe.worker FOLDER NUMBER`: one Dask worker with the run's chain.
+"""What a local pool starts as `python -m batchpipe.worker FOLDER NAME COPY`: one Dask worker with the run's chain.
 
 It imports and opens the chain at once, while the driver still lists inputs and starts its scheduler, and then waits
 for the folder to say where the scheduler is.
@@ -21,25 +21,26 @@ WAIT_S = 600.0
 def main() -> None:
     """Join the cluster that FOLDER names and work until the scheduler goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    folder, number = Path(sys.argv[1]), sys.argv[2]
+    folder, name, copy = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     import distributed  # noqa: F401 - the slowest import first, so that the thread below does not contend for it
 
-    threading.Thread(target=_open_chain, args=(folder,), name="open chain", daemon=True).start()
+    threading.Thread(target=_open_chain, args=(folder, copy), name="open chain", daemon=True).start()
     cluster = json.loads(_wait_for(folder / "cluster.json"))
-    asyncio.run(_work(cluster["address"], cluster["security"], folder, number))
+    asyncio.run(_work(cluster["address"], cluster["security"], folder, name))
 
 
-def _open_chain(folder: Path) -> None:
+def _open_chain(folder: Path, copy: int) -> None:
     from batchpipe.errors import BatchpipeError
-    from batchpipe.transform import open_worker_chain
+    from batchpipe.worker_chain import be_copy, open_worker_chain
 
+    be_copy(copy)
     try:
         open_worker_chain(*pickle.loads(_wait_for(folder / "chain.pickle")))
     except BatchpipeError:
         return  # the first task opens it again and brings the error to the driver
 
 
-async def _work(address: str, security: dict[str, str], folder: Path, number: str) -> None:
+async def _work(address: str, security: dict[str, str], folder: Path, name: str) -> None:
     import dask
     from distributed import Security, Worker
 
@@ -54,7 +55,7 @@ async def _work(address: str, security: dict[str, str], folder: Path, number: st
         worker = Worker(
             address,
             nthreads=SPLITS_AT_A_TIME,
-            name=number,
+            name=name,
             host="127.0.0.1",
             security=Security(require_encryption=True, **security),
             local_directory=str(folder),

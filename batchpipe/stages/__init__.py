@@ -3,6 +3,7 @@
 Each kind (callable, container, process, endpoint) is one module and one entry of `open_stage`'s table.
 """
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,6 +17,7 @@ from batchpipe.batch import Records
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
+    from batchpipe.stages.watcher import Watcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +100,31 @@ class OpenStage(Protocol):
         ...
 
 
-def open_stage(stage: "StageSpec", job: "Job", context: StageContext) -> OpenStage:
-    """Open a stage of any kind. Raises StageStartError, with everything it had started released."""
-    if stage.kind == "callable":
-        from batchpipe.stages.callable import open_callable
+def open_stage(
+    stage: "StageSpec",
+    job: "Job",
+    context: StageContext,
+    watcher: "Watcher | None" = None,
+    cancelled: threading.Event | None = None,
+) -> OpenStage:
+    """Open a stage of any kind. Raises StageStartError, with everything it had started released.
 
-        return open_callable(stage, job, context)
-    if stage.kind == "process":
-        from batchpipe.stages.process import open_process
+    ``watcher`` is the worker's own, where the job has stages to start; setting ``cancelled`` ends the waiting.
+    """
+    match stage.kind:
+        case "callable":
+            from batchpipe.stages.callable import open_callable
 
-        return open_process(stage, job, context)
-    if stage.kind == "container":
-        from batchpipe.stages.container import open_container
+            return open_callable(stage, job)
+        case "process":
+            from batchpipe.stages.process import open_process
 
-        return open_container(stage, job, context)
-    if stage.kind == "endpoint":
-        from batchpipe.stages.endpoint import open_endpoint
+            return open_process(stage, job, context, watcher=watcher, cancelled=cancelled)
+        case "container":
+            from batchpipe.stages.container import open_container
 
-        return open_endpoint(stage, job, context)
-    raise NotImplementedError(stage.kind)
+            return open_container(stage, job, context, watcher=watcher, cancelled=cancelled)
+        case "endpoint":
+            from batchpipe.stages.endpoint import open_endpoint
+
+            return open_endpoint(stage, job, context)
