@@ -18,7 +18,7 @@ import numpy as np
 from batchpipe import convert
 from batchpipe.batch import Records
 from batchpipe.errors import JobError, StageStartError
-from batchpipe.stages import Answer, InvocationFailed, Remedy, StageContext
+from batchpipe.stages import Answer, InvocationFailed, Remedy
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
@@ -103,7 +103,7 @@ class CallableStage:
         return InvocationFailed("WrongAnswer", message, Remedy.ISOLATE, location=_defined_at(self._function))
 
 
-def open_callable(stage: "StageSpec", job: "Job", context: StageContext) -> CallableStage:  # noqa: ARG001 - open_stage's shape
+def open_callable(stage: "StageSpec", job: "Job") -> CallableStage:
     """Import the callable and construct it if it is a class.
 
     Raises JobError (2) where it cannot be imported and StageStartError (4) where its constructor raises.
