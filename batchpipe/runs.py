@@ -4,6 +4,7 @@ From here the driver, `clean` and the watcher's sweep know what a run that ended
 """
 
 import json
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from batchpipe.journal import read_journal
 from batchpipe.manifest import SplitResult
 from batchpipe.parts import HIDDEN
 from batchpipe.storage import Pending, Store, join, relative
+
+OUR_NAMES = re.compile(rf"{HIDDEN}/.*|part-(.+-)?\d{{8}}\.\w+(\.\w+)?|.+\.out(\.\w+)?", re.DOTALL)
+"""Paths that pieces go to, as `Place.piece_uri` and `quarantine_uri` make them; the parts of Spark look otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ def iter_pending(store: Store, folder: RunFolder) -> Iterator[Pending]:
     """Pieces of this output that are written and not visible. Uploads of other programs there are left alone."""
     for pending in store.iter_pending(folder.root, staging=folder / "pending"):
         name = relative(pending.uri, folder.root) if pending.uri else ""
-        if not name or name.startswith(("part-", f"{HIDDEN}/")) or ".out" in name:
+        if not name or OUR_NAMES.fullmatch(name):
             yield pending
 
 
