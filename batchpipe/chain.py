@@ -19,6 +19,7 @@ from batchpipe.invoke import FailedRecord, FailureLimit, Outcome, invoke
 from batchpipe.job import Job
 from batchpipe.manifest import StageStats
 from batchpipe.stages import InvocationFailed, OpenStage, StageContext, open_stage
+from batchpipe.stages.http import HttpStage
 from batchpipe.stages.watcher import Watcher
 
 
@@ -37,6 +38,10 @@ class Chain:
     def takes_tables(self) -> bool:
         """Whether the first stage is given tables, so that text must be parsed before it."""
         return self.stages[0].takes_table
+
+    def advice(self) -> dict[str, dict[str, object]]:
+        """What servers said of themselves, by stage; nothing for callables."""
+        return {stage.name: stage.advice.as_document() for stage in self.stages if isinstance(stage, HttpStage)}
 
     @property
     def depth(self) -> int:

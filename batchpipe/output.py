@@ -17,7 +17,7 @@ from batchpipe.errors import BatchpipeError, JobError, LockedError, OutputError
 from batchpipe.job import Job
 from batchpipe.journal import Journal, open_journal
 from batchpipe.manifest import Input, LongTable, Manifest, Part, SplitResult
-from batchpipe.parts import HIDDEN
+from batchpipe.orders import HIDDEN
 from batchpipe.plan import Fingerprint
 from batchpipe.published import iter_parts, read_manifest, with_dataset
 from batchpipe.redact import clean_uri

@@ -4,7 +4,7 @@ import base64
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -13,46 +13,13 @@ import pyarrow as pa
 from batchpipe.batch import MiniBatch, Origins, Records
 from batchpipe.convert import cast_table
 from batchpipe.formats import Writer, open_writer
-from batchpipe.job import Job
 from batchpipe.manifest import Failure
+from batchpipe.orders import Place
 from batchpipe.split import Split
-from batchpipe.storage import PendingWriter, join, open_store
+from batchpipe.storage import PendingWriter, open_store
 
-HIDDEN = "_batchpipe"
 MAX_FAILURES_IN_RESULT = 5
 MAX_PAYLOAD_CHARACTERS = 1_048_576
-_ENDINGS = {"parquet": ".parquet", "csv": ".csv", "jsonl": ".jsonl", "raw": ".out"}
-_COMPRESSED_ENDINGS = {"gzip": ".gz", "zstd": ".zst"}
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the pieces of one run go. A description, sent to workers."""
-
-    job: Job
-    run_id: str
-    part_prefix: str
-    attempt: str
-    """Unique to one start of the run, so that a published object tells whose it is."""
-
-    @property
-    def staging(self) -> str:
-        """The folder for pieces that storage cannot hide at their final place."""
-        return join(self.job.output.uri, HIDDEN, self.run_id, "pending")
-
-    def piece_uri(self, split: Split) -> str:
-        """Where the split's piece will be published."""
-        output = self.job.output
-        compressed = _COMPRESSED_ENDINGS.get(output.codec, "") if output.format != "parquet" else ""
-        if output.layout == "parts":
-            return join(output.uri, f"{self.part_prefix}{split.index:08d}{_ENDINGS[output.format]}{compressed}")
-        if split.ranges[0].is_whole:
-            return join(output.uri, f"{split.ranges[0].object.name}.out{compressed}")
-        return join(output.uri, HIDDEN, self.run_id, "pieces", f"{split.index:08d}")
-
-    def quarantine_uri(self, split: Split) -> str:
-        """Where the split's quarantined records will be seen."""
-        return join(self.job.output.uri, HIDDEN, self.run_id, "quarantine", f"split-{split.index:08d}.jsonl")
 
 
 class Piece:

@@ -9,13 +9,13 @@ from batchpipe.failures import first_failed
 from batchpipe.job import Job
 from batchpipe.jobfile import fill_run_id
 from batchpipe.manifest import SplitResult
-from batchpipe.parts import HIDDEN, Place
+from batchpipe.orders import HIDDEN, Orders, Place, Schemas
 from batchpipe.plan import Plan, list_inputs, make_fingerprint, make_plan
 from batchpipe.redact import clean_uri
 from batchpipe.runner import PROBED_AT_ONCE, open_scratch
 from batchpipe.source import line_of
 from batchpipe.storage import join, open_store
-from batchpipe.transform import Orders, Schemas, probe
+from batchpipe.transform import probe
 from batchpipe.worker_chain import close_worker_chain
 
 NO_CONDITIONAL_PUT = ", but the store overwrites when told not to: two runs at once are not kept apart there"
@@ -42,7 +42,7 @@ def check_job(job: Job) -> Iterator[str]:
         yield f"output    {clean_uri(job.output.uri)} can be written" + ("" if is_safe else NO_CONDITIONAL_PUT)
         # A run id of its own, so that what it must write is told from what a run has written.
         place = Place(job, f"check-{uuid4().hex[:8]}", "part-", "check")
-        orders = Orders(job, place, Schemas(), job.on_error.max_failed_records)
+        orders = Orders(place, Schemas(), job.on_error.max_failed_records)
         try:
             found = probe(tuple(islice(plan, PROBED_AT_ONCE)), orders)
         finally:

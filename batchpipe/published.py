@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from batchpipe.manifest import Manifest, Part
-from batchpipe.parts import HIDDEN
+from batchpipe.orders import HIDDEN
 from batchpipe.storage import ObjectMissingError, Store, join
 from batchpipe.storage.arrow import arrow_path, arrow_system
 

@@ -30,15 +30,15 @@ from batchpipe.manifest import (
     StageAccount,
     StageStats,
 )
+from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.output import Output, open_output
-from batchpipe.parts import Place
 from batchpipe.plan import Inputs, Plan, list_inputs, make_fingerprint, make_plan
 from batchpipe.processes import WorkerProcesses, available_cores
 from batchpipe.redact import clean_uri
 from batchpipe.schedule import Schedule, Tally
 from batchpipe.source import line_of, read_gauge
 from batchpipe.stages.watcher import Watcher, open_watcher
-from batchpipe.transform import Orders, Schemas, probe, prove_nothing, run_splits
+from batchpipe.transform import probe, prove_nothing, run_splits
 from batchpipe.worker_chain import close_worker_chain, renew_lease
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class Run:
         place = Place(
             self.job, self.run_id, output.part_prefix, f"{self.run_id}-{output.journal.epoch}-{uuid4().hex[:8]}"
         )
-        orders = Orders(self.job, place, Schemas(), limit)
+        orders = Orders(place, Schemas(), limit)
         if output.schemas:
             return replace(orders, schemas=Schemas.from_json(output.schemas))
         splits = iter(self.plan)

@@ -13,7 +13,7 @@ from typing import Any
 
 from batchpipe.journal import read_journal
 from batchpipe.manifest import SplitResult
-from batchpipe.parts import HIDDEN
+from batchpipe.orders import HIDDEN
 from batchpipe.storage import Pending, Store, join, relative
 
 OUR_NAMES = re.compile(rf"{HIDDEN}/.*|part-(.+-)?\d{{8}}\.\w+(\.\w+)?|.+\.out(\.\w+)?", re.DOTALL)

@@ -9,11 +9,12 @@ from typing import Self
 import numpy as np
 
 from batchpipe.batch import ByteRecords, MiniBatch, Origins, iter_batches
-from batchpipe.convert import BadRecord, InputSchema
+from batchpipe.convert import BadRecord
 from batchpipe.formats import FORMATS, misfit_error
 from batchpipe.invoke import FailedRecord, FailureLimit, Outcome
-from batchpipe.job import InputSpec, Job
+from batchpipe.job import InputSpec
 from batchpipe.manifest import Accounts, Failure, RangeResult
+from batchpipe.orders import Orders
 from batchpipe.parts import Quarantine
 from batchpipe.redact import clean_uri, mask, secrets_of
 from batchpipe.split import Range, Split
@@ -48,18 +49,17 @@ class _Counts:
 class Source:
     """The records of one split. A context manager: while it is open its progress shows in the worker's gauge."""
 
-    def __init__(
-        self, split: Split, job: Job, schema: InputSchema | None, quarantine: Quarantine, limit: FailureLimit
-    ) -> None:
+    def __init__(self, split: Split, orders: Orders, quarantine: Quarantine, limit: FailureLimit) -> None:
         self.read_s = 0.0
         self._split = split
-        self._job = job
-        self._format = FORMATS[job.input.format]
-        self._schema = schema
+        self._orders = orders
+        self._job = orders.job
+        self._format = FORMATS[orders.job.input.format]
+        self._schema = orders.schemas.input
         self._quarantine = quarantine
         self._limit = limit
         self._counts = [_Counts() for _ in split.ranges]
-        self._secrets = secrets_of(job)
+        self._secrets = secrets_of(orders.job)
         self._shown = {"records": 0, "bytes": 0}
 
     def batches(self, *, as_tables: bool) -> Iterator[MiniBatch]:
@@ -68,8 +68,7 @@ class Source:
         Records that cannot be parsed are quarantined instead. Raises InputError where nothing can be read, or where
         a type that we inferred does not fit.
         """
-        size = min(stage.max_payload_bytes(self._job.batch) for stage in self._job.stages)
-        batches = iter_batches(self._blocks(), self._job.batch.max_records, size)
+        batches = iter_batches(self._blocks(), self._job.batch.max_records, self._orders.max_batch_bytes)
         while not self._limit.is_spent:
             began = time.perf_counter()
             batch = next(batches, None)

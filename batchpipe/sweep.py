@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from batchpipe.errors import LockedError
-from batchpipe.parts import HIDDEN
+from batchpipe.orders import HIDDEN
 from batchpipe.runs import RunFolder, sweep_run
 from batchpipe.storage import join, open_store
 

@@ -3,12 +3,10 @@
 Also `run_chain`, the same chain without Dask or files, and the probe that proves the chain on the first mini-batch.
 """
 
-import base64
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +20,8 @@ from batchpipe.formats import FORMATS
 from batchpipe.invoke import FailureLimit, Outcome
 from batchpipe.job import Job
 from batchpipe.manifest import SplitFailed, SplitResult
-from batchpipe.parts import Piece, Place, add_source, open_piece, open_quarantine
+from batchpipe.orders import Orders, Schemas
+from batchpipe.parts import Piece, add_source, open_piece, open_quarantine
 from batchpipe.redact import secrets_of
 from batchpipe.source import Source
 from batchpipe.specs.arrow_types import arrow_type
@@ -30,45 +29,6 @@ from batchpipe.split import InputObject, Split
 from batchpipe.stages import StageContext
 from batchpipe.storage import ObjectFile, open_store
 from batchpipe.worker_chain import open_worker_chain
-
-
-@dataclass(frozen=True, slots=True)
-class Schemas:
-    """What the dataset's first mini-batch proved: how input is parsed, and what every answer is cast to."""
-
-    input: InputSchema | None = None
-    output: pa.Schema | None = None
-    is_proved: bool = False
-    """Whether a record was answered. Where none is, in the whole dataset, the first part stands for the columns."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data, for the journal."""
-        found = self.input
-        columns = (
-            {"stated": sorted(found.stated), "columns": found.columns, "header_of": found.header_of} if found else {}
-        )
-        input_, output = _text(found.schema if found else None), _text(self.output)
-        return {"input": input_, **columns, "output": output, "is_proved": self.is_proved}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
-        found, output = _schema(data["input"]), _schema(data["output"])
-        if found is None:
-            return cls(None, output, data["is_proved"])
-        stated, columns = frozenset(data["stated"]), tuple(data["columns"])
-        return cls(InputSchema(found, stated, columns, data["header_of"]), output, data["is_proved"])
-
-
-@dataclass(frozen=True, slots=True)
-class Orders:
-    """What every task of a run is told beside its splits. A description: nothing open."""
-
-    job: Job
-    place: Place
-    schemas: Schemas
-    allowed_failures: int | None
-    version: str = __version__
 
 
 def run_splits(splits: tuple[Split, ...], orders: Orders) -> list[SplitResult | SplitFailed]:
@@ -99,7 +59,7 @@ def run_split(chain: Chain, split: Split, orders: Orders) -> SplitResult:
     with (
         open_piece(orders.place, split, schemas.output, keeps_empty=not schemas.is_proved) as piece,
         open_quarantine(orders.place, split) as quarantine,
-        Source(split, orders.job, schemas.input, quarantine, limit) as source,
+        Source(split, orders, quarantine, limit) as source,
     ):
         batches = source.batches(as_tables=chain.takes_tables)
         for sent, outcome in chain.stream(batches, limit, stats):
@@ -145,23 +105,25 @@ def probe(splits: tuple[Split, ...], orders: Orders) -> Schemas | SplitResult:
     job = orders.job
     found = orders.schemas.input or infer_input(splits, job)
     chain = open_worker_chain(job, orders.place.run_id)
+    schemas = Schemas(found, advice=chain.advice())
+    orders = replace(orders, schemas=schemas)
     for split in splits:
         limit, is_hopeless = FailureLimit(orders.allowed_failures), False
         with (
             open_quarantine(orders.place, split) as quarantine,
-            Source(split, job, found, quarantine, limit) as source,
+            Source(split, orders, quarantine, limit) as source,
         ):
             for batch in source.batches(as_tables=chain.takes_tables):
                 # One at a time: most often the first one tells, and a second one would be worked on for nothing.
                 for sent, outcome in chain.stream([batch], limit, new_stats()):
                     if len(outcome.places):
-                        return Schemas(found, _output_schema(job, outcome, sent, split), is_proved=True)
+                        return replace(schemas, output=_output_schema(job, outcome, sent, split), is_proved=True)
                     is_hopeless = len(outcome.failed) == len(sent)
                 if is_hopeless:
                     break
         if limit.is_spent or is_hopeless:
-            return run_split(chain, split, replace(orders, schemas=Schemas(found), allowed_failures=0))
-    return Schemas(found)
+            return run_split(chain, split, replace(orders, allowed_failures=0))
+    return schemas
 
 
 def prove_nothing(orders: Orders) -> Schemas:
@@ -174,12 +136,12 @@ def prove_nothing(orders: Orders) -> Schemas:
     elif found is not None and not any(stage.is_http for stage in job.stages):
         answer = open_worker_chain(job, orders.place.run_id).answer_to_none(found.schema.empty_table())
     if job.output.format == "raw" or not isinstance(answer, pa.Table) or not answer.num_columns:
-        return Schemas(found)
+        return orders.schemas
     if job.output.add_source:
         answer = answer.append_column("_object", pa.array([], pa.string())).append_column(
             "_record", pa.array([], pa.int64())
         )
-    return Schemas(found, answer.schema)
+    return replace(orders.schemas, output=answer.schema)
 
 
 def infer_input(splits: Iterable[Split], job: Job) -> InputSchema | None:
@@ -227,11 +189,3 @@ def _same_version_or_raise(orders: Orders) -> None:
     if orders.version != __version__:
         msg = f"a worker runs batchpipe {__version__}, the driver {orders.version}"
         raise PoolError(msg, next=f"install batchpipe {orders.version} where the workers run")
-
-
-def _text(schema: pa.Schema | None) -> str | None:
-    return None if schema is None else base64.b64encode(schema.serialize()).decode()
-
-
-def _schema(text: str | None) -> pa.Schema | None:
-    return None if text is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from batchpipe.chain import Chain, open_chain
 from batchpipe.errors import BatchpipeError
 from batchpipe.job import Job
-from batchpipe.parts import HIDDEN
+from batchpipe.orders import HIDDEN
 from batchpipe.redact import secrets_of
 from batchpipe.stages import StageContext
 from batchpipe.stages.watcher import Watcher, open_watcher

@@ -1,0 +1,111 @@
+"""What every task of a run is told beside its splits: the job, where pieces go, what columns are. Pure data."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import pyarrow as pa
+
+from batchpipe import __version__
+from batchpipe.convert import InputSchema
+from batchpipe.job import Job
+from batchpipe.split import Split
+from batchpipe.storage import join
+
+HIDDEN = "_batchpipe"
+_ENDINGS = {"parquet": ".parquet", "csv": ".csv", "jsonl": ".jsonl", "raw": ".out"}
+_COMPRESSED_ENDINGS = {"gzip": ".gz", "zstd": ".zst"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the pieces of one run go. A description, sent to workers."""
+
+    job: Job
+    run_id: str
+    part_prefix: str
+    attempt: str
+    """Unique to one start of the run, so that a published object tells whose it is."""
+
+    @property
+    def staging(self) -> str:
+        """The folder for pieces that storage cannot hide at their final place."""
+        return join(self.job.output.uri, HIDDEN, self.run_id, "pending")
+
+    def piece_uri(self, split: Split) -> str:
+        """Where the split's piece will be published."""
+        output = self.job.output
+        compressed = _COMPRESSED_ENDINGS.get(output.codec, "") if output.format != "parquet" else ""
+        if output.layout == "parts":
+            return join(output.uri, f"{self.part_prefix}{split.index:08d}{_ENDINGS[output.format]}{compressed}")
+        if split.ranges[0].is_whole:
+            return join(output.uri, f"{split.ranges[0].object.name}.out{compressed}")
+        return join(output.uri, HIDDEN, self.run_id, "pieces", f"{split.index:08d}")
+
+    def quarantine_uri(self, split: Split) -> str:
+        """Where the split's quarantined records will be seen."""
+        return join(self.job.output.uri, HIDDEN, self.run_id, "quarantine", f"split-{split.index:08d}.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class Schemas:
+    """What the dataset's first mini-batch proved: how input is parsed, and what every answer is cast to."""
+
+    input: InputSchema | None = None
+    output: pa.Schema | None = None
+    advice: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What containers said on ``/execution-parameters``, by stage: read once, so that the plan stays fixed."""
+    is_proved: bool = False
+    """Whether a record was answered. Where none is, in the whole dataset, the first part stands for the columns."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, for the journal."""
+        found = self.input
+        columns = (
+            {"stated": sorted(found.stated), "columns": found.columns, "header_of": found.header_of} if found else {}
+        )
+        input_, output = _text(found.schema if found else None), _text(self.output)
+        advice = {name: dict(said) for name, said in self.advice.items()}
+        return {"input": input_, **columns, "output": output, "advice": advice, "is_proved": self.is_proved}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        found, output = _schema(data["input"]), _schema(data["output"])
+        schema = None
+        if found is not None:
+            schema = InputSchema(found, frozenset(data["stated"]), tuple(data["columns"]), data["header_of"])
+        return cls(schema, output, data["advice"], data["is_proved"])
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What every task of a run is told beside its splits. A description: nothing open."""
+
+    place: Place
+    schemas: Schemas
+    allowed_failures: int | None
+    version: str = __version__
+
+    @property
+    def job(self) -> Job:
+        """The job of the run."""
+        return self.place.job
+
+    @property
+    def max_batch_bytes(self) -> int:
+        """Most bytes of a mini-batch: what the stage with the smallest requests takes."""
+        return min(stage.max_payload_bytes(self.job.batch, self._advised_mb(stage.name)) for stage in self.job.stages)
+
+    def _advised_mb(self, stage: str) -> float | None:
+        advised = self.schemas.advice.get(stage, {}).get("MaxPayloadInMB")
+        return None if advised is None else float(advised)
+
+
+def _text(schema: pa.Schema | None) -> str | None:
+    return None if schema is None else base64.b64encode(schema.serialize()).decode()
+
+
+def _schema(text: str | None) -> pa.Schema | None:
+    return None if text is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
