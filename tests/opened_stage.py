@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,12 @@ def opened(
     *stages: dict[str, Any],
     copy: int = 0,
     run_id: str = "run1",
-    open_it: Callable[[StageSpec, Job, StageContext], OpenStage] = open_stage,
+    open_it: Callable[[StageSpec, Job, StageContext], OpenStage] | None = None,
     **blocks: Any,
 ) -> Iterator[Opened]:
     """Open the first of these stages."""
     job = make_job(folder, *stages, **blocks)
+    open_it = open_it or partial(open_stage, watcher=None, cancelled=threading.Event())
     stage = open_it(job.stages[0], job, make_context(folder, job, copy=copy, run_id=run_id))
     assert isinstance(stage, HttpStage)
     with contextlib.closing(Opened(stage)) as opened:

@@ -249,6 +249,7 @@ from pathlib import Path
 from tests.opened_stage import opened
 from functools import partial
 from batchpipe.stages.container import open_container
+from batchpipe.stages.watcher import open_watcher
 open_it = partial(open_container, watcher=open_watcher())
 stages = [opened(Path({str(tmp_path)!r}) / str(i), {{"container": {{"image": {image!r}, "network": network}}}},
     open_it=open_it, run_id={run_id!r}) for i, network in enumerate(["default", "none"])]

@@ -17,11 +17,12 @@ import pyarrow as pa
 import pytest
 
 from batchpipe.batch import ByteRecords
+from batchpipe.content import ARROW
 from batchpipe.errors import StageStartError
 from batchpipe.stages import Answer, Remedy
 from batchpipe.stages.contract import Advice
-from batchpipe.stages.http import retry_after_s
-from tests.opened_stage import SERVER, Opened, csv_records, opened
+from batchpipe.stages.http import Exchange, retry_after_s
+from tests.opened_stage import SERVER, Opened, csv_records, make_job, opened
 
 Open = Callable[..., Opened]
 
@@ -312,6 +313,26 @@ def test_table_goes_as_arrow_and_comes_back(open_endpoint: Open):
 
     assert isinstance(answer, pa.Table)
     assert answer.equals(table)
+
+
+def test_table_goes_as_csv_where_nothing_is_stated(open_endpoint: Open):
+    records = open_endpoint().invoke(pa.table({"id": [1, 2], "name": ["a", None]})).records
+
+    assert isinstance(records, ByteRecords)
+    assert (records.to_list(), records.content_type) == ([b'1,"a"\n', b"2,\n"], "text/csv")
+
+
+def test_table_that_came_over_http_goes_on_as_arrow(url: str, tmp_path: Path):
+    job = make_job(tmp_path, {"endpoint": {"url": url}}, {"endpoint": {"url": url}})
+
+    assert Exchange.of(job.stages[1], job, Advice()).content_type_of(pa.table({"id": [1]})) == ARROW
+
+
+def test_csv_answer_with_a_header_is_a_table(open_endpoint: Open):
+    records = open_endpoint().invoke(csv_records("!as text/csv;header=present id,name\\n7,b\\n")).records
+
+    assert isinstance(records, pa.Table)
+    assert records.to_pylist() == [{"id": 7, "name": "b"}]
 
 
 def test_objects_go_one_a_request_in_order(open_endpoint: Open):

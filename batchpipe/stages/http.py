@@ -23,6 +23,7 @@ from batchpipe.redact import mask
 from batchpipe.stages import Answer, InvocationFailed, Remedy, StageContext
 from batchpipe.stages.connections import Connections, HttpAnswer
 from batchpipe.stages.contract import Advice
+from batchpipe.stages.tables import take_header, to_table
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
@@ -74,6 +75,8 @@ class Exchange:
     is_counted: bool
     single_record: bool
     """Whether the stage takes one record a request, whatever the content type could hold."""
+    table_type: str
+    """What a table goes as where no content type is stated: as it came, if over HTTP, else as CSV."""
 
     @classmethod
     def of(cls, stage: "StageSpec", job: "Job", advice: Advice) -> "Exchange":
@@ -86,16 +89,17 @@ class Exchange:
         return cls(
             content_type=stage.content_type or "",
             accept=stage.accept or (following[0].content_type if following else "") or "",
-            header=stage.header,
+            header=stage.header or content.parse_content_type(stage.content_type or "")[1].get("header") == "present",
             request_key=stage.request_key or "",
             answer_key=stage.answer_key or "",
             is_counted=stage.count != "none",
             single_record=single_record,
+            table_type=content.ARROW if position and job.stages[position - 1].is_http else content.CSV,
         )
 
     def content_type_of(self, records: Records) -> str:
-        """The request's Content-Type: as stated, else what arrives; a table without one goes as CSV."""
-        return self.content_type or (content.CSV if isinstance(records, pa.Table) else records.content_type)
+        """The request's Content-Type: as stated, else what arrives."""
+        return self.content_type or (self.table_type if isinstance(records, pa.Table) else records.content_type)
 
     def takes_one(self, content_type: str) -> bool:
         """Whether each record is a request of its own."""
@@ -118,7 +122,12 @@ class Exchange:
             return ByteRecords.of([])
         if not content.holds_many(answered):
             raise ContentError(f"records of {answered} cannot be counted; does `accept` name a type of many records?")
-        return content.decode(body, answered, answer_key=self.answer_key)
+        records = content.decode(body, answered, answer_key=self.answer_key)
+        media_type, parameters = content.parse_content_type(answered)
+        if isinstance(records, ByteRecords) and media_type == content.CSV and parameters.get("header") == "present":
+            names, records = take_header(records)
+            return to_table(records, names)
+        return records
 
 
 class HttpStage:
@@ -266,7 +275,7 @@ def _uncounted(body: bytes, content_type: str, count: int) -> ByteRecords:
 
 def _takes_table(stage: "StageSpec", input_format: str) -> bool:
     """Whether input text must be parsed before this stage, if it comes first: it cannot be sent as it is read."""
-    media_type, _ = content.parse_content_type(stage.content_type or "")
+    media_type, parameters = content.parse_content_type(stage.content_type or "")
     if input_format == "csv":
-        return stage.header or media_type not in ("", content.CSV)
+        return stage.header or parameters.get("header") == "present" or media_type not in ("", content.CSV)
     return input_format == "jsonl" and media_type in (content.CSV, content.ARROW)

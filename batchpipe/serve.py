@@ -1,0 +1,168 @@
+"""`batchpipe serve module:attr`: any callable stage as a server of the contract, so that one line makes it an image.
+
+The same conversions and the same `CallableStage` as in a run: what it computes is the same by construction.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from aiohttp import web
+
+from batchpipe import content
+from batchpipe.batch import ByteRecords, Records
+from batchpipe.content import CSV, JSON, JSON_LINES, ContentError
+from batchpipe.job import Job
+from batchpipe.specs.spec import MB
+from batchpipe.stages import InvocationFailed, Remedy
+from batchpipe.stages.callable import CallableStage, open_callable
+from batchpipe.stages.contract import PORT
+from batchpipe.stages.tables import can_be_table, take_header, to_table
+
+MAX_WAITING = 100
+"""Requests that may wait for the callable; the next one is told to come back (503)."""
+DEFAULT_PORT = 8080
+MAX_PAYLOAD_MB = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """How a request wants to be answered."""
+
+    content_type: str
+    """As it came."""
+    media_type: str
+    accept: str
+    """What to answer as, with parameters; empty for any."""
+    is_bare: bool
+    """Whether the request was one JSON document that is no array: so is its answer."""
+
+
+def serve(
+    reference: str, params: Mapping[str, Any], columns: Sequence[str] = (), *, threads: int = 1, port: int | None = None
+) -> None:
+    """Serve a callable on all addresses until SIGTERM or SIGINT, then finish what was begun.
+
+    ``columns`` names the fields of CSV that comes without a header; ``threads`` may enter the callable at once.
+    The port and the largest payload are the contract's variables, 8080 and 100 MB where these are not set.
+    Raises JobError where it cannot be imported, StageStartError where its constructor raises, OSError for the port.
+    """
+    stage = open_for_serving(reference, params, threads)
+    max_payload_mb = float(os.environ.get("SAGEMAKER_MAX_PAYLOAD_IN_MB") or MAX_PAYLOAD_MB)
+    app = make_app(stage, columns=tuple(columns), max_payload_mb=max_payload_mb)
+    web.run_app(app, port=port or int(os.environ.get(PORT) or DEFAULT_PORT), print=None, access_log=None)
+
+
+def open_for_serving(reference: str, params: Mapping[str, Any], threads: int = 1) -> CallableStage:
+    """Open a callable as the only stage of a job, its module looked for in the working directory first."""
+    stage = {"callable": reference, "params": dict(params), "thread_safe": threads > 1}
+    stage["max_concurrent_transforms"] = threads
+    job = Job.model_validate(
+        {"input": {"uri": "-"}, "stages": [stage], "output": {"uri": "served"}, "python_path": [str(Path.cwd())]}
+    )
+    return open_callable(job.stages[0], job)
+
+
+def make_app(
+    stage: CallableStage, *, columns: tuple[str, ...] = (), max_payload_mb: float = MAX_PAYLOAD_MB
+) -> web.Application:
+    """The server of an open callable: /ping, /execution-parameters and /invocations. Closes the stage when it ends."""
+    server = _Server(stage, columns, max_payload_mb)
+    app = web.Application(client_max_size=int(max_payload_mb * MB))
+    app.router.add_get("/ping", server.ping)
+    app.router.add_get("/execution-parameters", server.execution_parameters)
+    app.router.add_post("/invocations", server.invoke)
+
+    async def close(_: web.Application) -> None:
+        stage.close()
+
+    app.on_cleanup.append(close)
+    return app
+
+
+class _Server:
+    def __init__(self, stage: CallableStage, columns: tuple[str, ...], max_payload_mb: float) -> None:
+        self._stage = stage
+        self._columns = columns
+        self._max_payload_mb = max_payload_mb
+        self._waiting = 0
+
+    async def ping(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def execution_parameters(self, _: web.Request) -> web.Response:
+        advice = {
+            "MaxConcurrentTransforms": self._stage.concurrency,
+            "BatchStrategy": "MULTI_RECORD",
+            "MaxPayloadInMB": int(self._max_payload_mb) or 1,
+        }
+        return web.json_response(advice)
+
+    async def invoke(self, request: web.Request) -> web.Response:
+        if self._waiting >= MAX_WAITING:
+            return web.Response(status=503, text="too many requests wait already", headers={"Retry-After": "1"})
+        self._waiting += 1
+        try:
+            return await self._answer(request)
+        except ContentError as exc:
+            return web.Response(status=400, text=str(exc))
+        except InvocationFailed as exc:
+            where = f" ({exc.location})" if exc.location else ""
+            return web.Response(status=503 if exc.remedy is Remedy.RETRY else 400, text=f"{exc}{where}")
+        finally:
+            self._waiting -= 1
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        asked = _asked(request, body)
+        if not body:
+            return web.Response(status=204)
+        records = (await self._stage.invoke(self._read(body, asked))).records
+        accept = asked.accept or _natural_type(records, asked)
+        try:
+            answer = _write(records, accept, asked)
+        except ContentError as exc:
+            return web.Response(status=406, text=str(exc))
+        return web.Response(body=answer, headers={"Content-Type": accept})
+
+    def _read(self, body: bytes, asked: _Asked) -> Records:
+        """The request's records, as a table where the callable takes one and there are columns."""
+        if asked.is_bare:
+            records: Records = ByteRecords.of([body.strip() + b"\n"], JSON)
+        else:
+            records = content.decode(body, asked.content_type)
+        if isinstance(records, pa.Table):
+            return records
+        names = self._columns
+        if asked.media_type == CSV and _has_header(asked.content_type):
+            names, records = take_header(records)
+        return to_table(records, names) if self._stage.takes_table and can_be_table(records) else records
+
+
+def _asked(request: web.Request, body: bytes) -> _Asked:
+    content_type = request.headers.get("Content-Type", "application/octet-stream")
+    media_type, _ = content.parse_content_type(content_type)
+    # Of several types the first one counts: a caller of this contract states one.
+    accept = request.headers.get("Accept", "").split(",")[0].strip()
+    is_bare = media_type == JSON and body.lstrip()[:1] not in (b"[", b"")
+    return _Asked(content_type, media_type, "" if accept in ("*/*", "") else accept, is_bare)
+
+
+def _has_header(content_type: str) -> bool:
+    return content.parse_content_type(content_type)[1].get("header") == "present"
+
+
+def _natural_type(records: Records, asked: _Asked) -> str:
+    """What to answer as where nobody asks: as the request came; bytes as what they are."""
+    if asked.media_type in content.TABULAR:
+        return f"{CSV}; header=present" if _has_header(asked.content_type) else asked.media_type
+    return JSON_LINES if isinstance(records, pa.Table) else records.content_type
+
+
+def _write(records: Records, accept: str, asked: _Asked) -> content.Body:
+    if asked.is_bare and content.parse_content_type(accept)[0] == JSON and len(records) == 1:
+        return content.encode_one(records, JSON)
+    return content.encode(records, accept, header=_has_header(accept))
