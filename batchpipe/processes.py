@@ -7,14 +7,18 @@ import contextlib
 import json
 import os
 import pickle
+import signal
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from batchpipe.errors import PoolError
-from batchpipe.stages.watcher import WatchedProcess, Watcher, WatcherLostError
+from batchpipe.job import ComputeSpec
+from batchpipe.stages.watcher import WatchedProcess, Watcher, WatcherLostError, open_watcher
 
 POLL_S = 0.1
 SPLITS_AT_A_TIME = 2
@@ -22,6 +26,35 @@ SPLITS_AT_A_TIME = 2
 MAX_LOST_IN_A_ROW = 5
 """Workers lost without one task finished between them: then replacing them is of no use."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What a command holds on this host: a private temporary folder, its watcher, and local workers if it has any."""
+
+    scratch: Path
+    watcher: Watcher
+    workers: "WorkerProcesses | None" = None
+
+
+@contextlib.contextmanager
+def open_host(compute: ComputeSpec | None = None) -> Iterator[Host]:
+    """Hold a scratch folder and the watcher that deletes it however this process ends.
+
+    For a job with local workers the first of them is started at once: it imports while this process plans.
+    """
+    with contextlib.ExitStack() as release:
+        # Resolved: on macOS the temporary folder is behind a link.
+        scratch = Path(release.enter_context(tempfile.TemporaryDirectory(prefix="batchpipe-"))).resolve()
+        watcher = release.enter_context(open_watcher(scratch=scratch))
+        if compute is None or compute.cluster != "local":
+            yield Host(scratch, watcher)
+            return
+        stated = compute.workers if isinstance(compute.workers, int) else available_cores()
+        workers = WorkerProcesses(scratch, watcher, threads=max(1, available_cores() // stated))
+        release.callback(workers.stop)
+        workers.start(1)
+        yield Host(scratch, watcher, workers)
 
 
 @dataclass(slots=True)
@@ -33,22 +66,24 @@ class _Worker:
 class WorkerProcesses:
     """Worker processes on this host, each in a process group of its own so that Ctrl-C reaches only the driver."""
 
-    def __init__(self, scratch: Path, watcher: Watcher, task: object) -> None:
+    def __init__(self, scratch: Path, watcher: Watcher, threads: int) -> None:
         self._scratch = scratch
         self._watcher = watcher
         self._workers: list[_Worker] = []
         self._started = 0
         self._lost_in_a_row = 0
-        self._threads = 1
+        self._threads = threads
         self._closing = threading.Event()
         self._guard = threading.Thread(target=self._replace_lost, name="workers", daemon=True)
         self.error: PoolError | None = None
-        _write_private(scratch / "chain.pickle", pickle.dumps(task))
 
     def start(self, count: int) -> None:
-        """Start `count` workers, each with its share of the cores for libraries that have threads of their own."""
-        self._threads = max(1, available_cores() // count)
-        self._workers = [self._start_one(copy) for copy in range(count)]
+        """Start workers until there are `count`; each has `threads` cores for libraries with threads of their own."""
+        self._workers += [self._start_one(copy) for copy in range(len(self._workers), count)]
+
+    def open_chain(self, job: object, run_id: str) -> None:
+        """Tell all workers, also those that come later, whose chain to open; from here on the lost are replaced."""
+        _write_private(self._scratch / "chain.pickle", pickle.dumps((job, run_id)))
         self._guard.start()
 
     def join_cluster(self, address: str, security: dict[str, Any]) -> None:
@@ -73,8 +108,11 @@ class WorkerProcesses:
         if self._guard.ident:
             self._guard.join()
         for worker in self._workers:
-            with contextlib.suppress(WatcherLostError, ProcessLookupError):
+            try:
                 worker.process.stop(grace_s=0)
+            except WatcherLostError:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker.process.pid, signal.SIGKILL)
         self._workers.clear()
 
     def _start_one(self, copy: int) -> _Worker:
@@ -89,6 +127,10 @@ class WorkerProcesses:
         while not self._closing.wait(POLL_S):
             try:
                 self._replace_once()
+            except WatcherLostError:
+                msg = "the run's watcher process was killed, and nothing would release what the run holds"
+                self.error = PoolError(msg, next="the same command again resumes the run")
+                return
             except OSError as error:
                 self.error = PoolError(f"a worker process cannot be started: {error}")
                 return

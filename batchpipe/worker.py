@@ -6,6 +6,7 @@ for the folder to say where the scheduler is.
 
 import asyncio
 import json
+import os
 import pickle
 import signal
 import sys
@@ -16,12 +17,14 @@ from pathlib import Path
 from batchpipe.processes import SPLITS_AT_A_TIME
 
 WAIT_S = 600.0
+PARENT_S = 0.5
 
 
 def main() -> None:
     """Join the cluster that FOLDER names and work until the scheduler goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     folder, name, copy = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="end with parent", daemon=True).start()
     import distributed  # noqa: F401 - the slowest import first, so that the thread below does not contend for it
 
     threading.Thread(target=_open_chain, args=(folder, copy), name="open chain", daemon=True).start()
@@ -29,7 +32,15 @@ def main() -> None:
     asyncio.run(_work(cluster["address"], cluster["security"], folder, name))
 
 
+def _end_with_parent(parent: int) -> None:
+    """End at once when the watcher that started this worker is gone: a stage may be in a call that never returns."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_S)
+    os._exit(1)
+
+
 def _open_chain(folder: Path, copy: int) -> None:
+    from batchpipe import transform  # noqa: F401 - what tasks will need, imported while nobody waits for it
     from batchpipe.errors import BatchpipeError
     from batchpipe.worker_chain import be_copy, open_worker_chain
 

@@ -62,6 +62,7 @@ class Jobs:
         self.out = folder / "out"
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True)
+        self._started: list[subprocess.Popen[str]] = []
         self.environment = {"PATH": os.environ["PATH"], "HOME": "/proc", "TMPDIR": str(self.temporary)}
 
     def write(self, name: str, content: str | bytes) -> Path:
@@ -95,7 +96,7 @@ class Jobs:
 
     def start(self, *arguments: str | Path, **environment: str) -> "subprocess.Popen[str]":
         """Start a command without a terminal, in a session of its own."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*COMMAND, *map(str, arguments)],
             cwd=self.folder,
             env={**self.environment, **environment},
@@ -105,6 +106,8 @@ class Jobs:
             text=True,
             start_new_session=True,
         )
+        self._started.append(process)
+        return process
 
     def processes(self, holding: str = "") -> list[psutil.Process]:
         """Every process of this folder's runs that is alive and whose command line holds a text."""
@@ -120,6 +123,10 @@ class Jobs:
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        for started in self._started:
+            if started.stdout and not started.stdout.closed:
+                started.kill()
+                started.communicate()
 
     def parts(self) -> list[Path]:
         """The published files, in order of their names."""
