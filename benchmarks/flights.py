@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from benchmarks.job_files import WORKERS, run_command
 from benchmarks.measure import Finished, in_turn, print_pairs, time_command
 from benchmarks.scratch import ROOT, emptied, flights_folder
 
@@ -23,11 +24,10 @@ def main() -> None:
     print_pairs("batchpipe run", "handwritten loop", pairs, aim=1.15)
 
 
-def ours_command(folder: Path, output: Path) -> list[str]:
+def ours_command(folder: Path, output: Path, workers: int = WORKERS) -> list[str]:
     """The command that runs the flight delay job on another dataset."""
-    batchpipe, job = Path(sys.executable).with_name("batchpipe"), ROOT / "jobs" / "flight_delays.yaml"
-    settings = [f"input.uri={folder}/*.csv", f"output.uri={output}", "compute.workers=2"]
-    return [str(batchpipe), "run", str(job), *(word for each in settings for word in ("--set", each))]
+    job = ROOT / "jobs" / "flight_delays.yaml"
+    return run_command(job, input__uri=f"{folder}/*.csv", output__uri=output, compute__workers=workers)
 
 
 def theirs_command(folder: Path, output: Path) -> list[str]:

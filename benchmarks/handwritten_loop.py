@@ -4,6 +4,7 @@
 that no value holds a newline, gives up at the first bad row, and leaves half an output where it is stopped.
 """
 
+import functools
 import multiprocessing
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from benchmarks.scratch import ROOT
 
 sys.path.insert(0, str(ROOT / "jobs"))
 
-from flight_delays.stages import Model, decide, make_features  # noqa: E402 - jobs/ is no installed package
+from flight_delays.stages import Model, decide, make_features
 
 PROCESSES = 2
 RANGE_BYTES = 16 * 1024 * 1024
@@ -72,7 +73,7 @@ def transform(number: int, found: Range, output: Path) -> None:
     """Send one range through the stages into one Parquet file."""
     with found[0].open("rb") as file:
         names = file.readline().decode().strip().split(",")
-    writer = None
+    model, writer = open_model(), None
     for table in iter_batches(found, names):
         answers = pa.Table.from_pandas(decide(model(make_features(table.to_pandas()))), preserve_index=False)
         writer = writer or pq.ParquetWriter(output / f"part-{number:08d}.parquet", answers.schema)
@@ -81,10 +82,10 @@ def transform(number: int, found: Range, output: Path) -> None:
         writer.close()
 
 
-def open_model() -> None:
+@functools.cache
+def open_model() -> Model:
     """Load the model, once in each process."""
-    global model
-    model = Model(threads=1)
+    return Model(threads=1)
 
 
 def main(folder: Path, output: Path) -> None:

@@ -81,7 +81,10 @@ def print_pairs(a: str, b: str, pairs: Sequence[tuple[float, float]], aim: float
     print(f"  {'':{width}}      min   median      max   ({len(pairs)} pairs)")
     for name, values in ((a, [pair[0] for pair in pairs]), (b, [pair[1] for pair in pairs])):
         print(f"  {name:{width}}  {_spread(values)}   seconds")
-    print(f"  {'ratio':{width}}  {_spread([first / second for first, second in pairs])}   aim: at most {aim:g}", flush=True)
+    print(
+        f"  {'ratio':{width}}  {_spread([first / second for first, second in pairs])}   aim: at most {aim:g}",
+        flush=True,
+    )
 
 
 def _spread(values: Sequence[float]) -> str:
