@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from batchpipe.job import Job
     from batchpipe.manifest import Manifest
-    from batchpipe.runner import Progress
+    from batchpipe.schedule import Progress
     from batchpipe.storage import Store
 
 OK, DEFECT = 0, 1

@@ -11,8 +11,9 @@ from batchpipe.jobfile import fill_run_id
 from batchpipe.manifest import SplitResult
 from batchpipe.orders import HIDDEN, Orders, Place, Schemas
 from batchpipe.plan import Plan, list_inputs, make_fingerprint, make_plan
+from batchpipe.processes import open_host
 from batchpipe.redact import clean_uri
-from batchpipe.runner import PROBED_AT_ONCE, open_scratch
+from batchpipe.run import PROBED_AT_ONCE
 from batchpipe.source import line_of
 from batchpipe.storage import join, open_store
 from batchpipe.transform import probe
@@ -24,8 +25,8 @@ NO_CONDITIONAL_PUT = ", but the store overwrites when told not to: two runs at o
 @contextlib.contextmanager
 def plan_job(job: Job) -> Iterator[tuple[Plan, str]]:
     """What a run would do and the run id it would have. The plan can be read inside the block."""
-    with open_scratch() as (scratch, _):
-        inputs = list_inputs(job.input, scratch)
+    with open_host() as host:
+        inputs = list_inputs(job.input, host.scratch)
         yield make_plan(inputs, job), make_fingerprint(job, inputs).sha256[:8]
 
 

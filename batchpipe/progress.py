@@ -8,7 +8,7 @@ from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
-from batchpipe.runner import OnProgress, Progress, ignore
+from batchpipe.schedule import OnProgress, Progress, ignore
 from batchpipe.summary import count, format_bytes, format_seconds, short_path
 
 LOG_EVERY_S = 10.0

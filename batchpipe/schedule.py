@@ -2,9 +2,11 @@
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
+from batchpipe.job import Job
 from batchpipe.manifest import Accounts, Failure, SplitFailed, SplitResult, StageStats
 from batchpipe.split import Split
 
@@ -54,6 +56,30 @@ class Tally:
         numbers = (accounts.read, accounts.written, accounts.quarantined, accounts.dropped)
         for place, number in enumerate(numbers, start=4 * index):
             self.objects[place] += number
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is: handed to `on_progress` several times a second and at each step."""
+
+    step: str
+    """plan, start, transform, publish or done."""
+    run_id: str
+    job: Job
+    tally: Tally
+    objects: int = 0
+    bytes: int = 0
+    records_at_work: int = 0
+    """Records of splits that are being worked on, beside those of `tally`."""
+    bytes_at_work: int = 0
+    workers: int = 0
+
+
+OnProgress: TypeAlias = Callable[[Progress], None]
+
+
+def ignore(_: Progress) -> None:
+    """Look at no progress."""
 
 
 @dataclass(frozen=True, slots=True)

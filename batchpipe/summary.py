@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from batchpipe.errors import BatchpipeError
-from batchpipe.job import Job
-from batchpipe.manifest import Manifest
-from batchpipe.plan import Plan
 from batchpipe.redact import clean_uri
+
+if TYPE_CHECKING:
+    from batchpipe.errors import BatchpipeError
+    from batchpipe.job import Job
+    from batchpipe.manifest import Manifest
+    from batchpipe.plan import Plan
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -43,7 +45,7 @@ def short_path(uri: str, folder: Path) -> str:
         return uri
 
 
-def summarize(manifest: Manifest, folder: Path, *, was_done: bool = False) -> str:
+def summarize(manifest: "Manifest", folder: Path, *, was_done: bool = False) -> str:
     """What a run did, in a dozen lines."""
     accounts, out = manifest.accounts, short_path(manifest.output, folder)
     failed = count(accounts.quarantined, "record") + " quarantined" if accounts.quarantined else ""
@@ -81,7 +83,7 @@ def summarize(manifest: Manifest, folder: Path, *, was_done: bool = False) -> st
     return "\n".join(lines)
 
 
-def describe_plan(plan: Plan, job: Job, run_id: str) -> str:
+def describe_plan(plan: "Plan", job: "Job", run_id: str) -> str:
     """What a run would read and how it would be cut."""
     sizes = "no bytes" if not plan.inputs.bytes else format_bytes(plan.inputs.bytes)
     in_flight = min(stage.max_payload_bytes(job.batch) for stage in job.stages)
@@ -98,11 +100,11 @@ def describe_plan(plan: Plan, job: Job, run_id: str) -> str:
     )
 
 
-def _inputs(manifest: Manifest, folder: Path) -> str:
+def _inputs(manifest: "Manifest", folder: Path) -> str:
     return ", ".join(short_path(uri, folder) for uri in manifest.input[:2]) + ", ..." * (len(manifest.input) > 2)
 
 
-def _shares(manifest: Manifest) -> str:
+def _shares(manifest: "Manifest") -> str:
     spent = {name: stage.seconds for name, stage in manifest.stages.items()}
     spent |= {"read": manifest.read_s, "write": manifest.write_s}
     total = sum(spent.values()) or 1.0
@@ -110,7 +112,7 @@ def _shares(manifest: Manifest) -> str:
     return f"{shares}  ({count(manifest.workers, 'worker')}, {manifest.worker_seconds:.1f} worker-seconds)"
 
 
-def explain(error: BatchpipeError, folder: Path) -> str:
+def explain(error: "BatchpipeError", folder: Path) -> str:
     """An error as printed on stderr: what, where, the end of a log, what to type next; paths as seen from a folder."""
     lines = [f"error: {error.message}"]
     for label, text in (("where", error.where), ("log", error.log), ("next", error.next)):
@@ -120,7 +122,7 @@ def explain(error: BatchpipeError, folder: Path) -> str:
     return "\n".join(lines).replace(f"{folder}/", "")
 
 
-def error_document(error: BatchpipeError) -> Mapping[str, Any]:
+def error_document(error: "BatchpipeError") -> Mapping[str, Any]:
     """An error as the one JSON object of `--json`."""
     fields = {"error": error.message, "where": error.where, "log": error.log, "next": error.next}
     return {**{key: value for key, value in fields.items() if value}, "exit_code": error.exit_code}

@@ -10,12 +10,11 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from batchpipe.batch import Records
-
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from batchpipe.batch import Records
     from batchpipe.job import Job, StageSpec
     from batchpipe.stages.watcher import Watcher
 
@@ -28,8 +27,8 @@ class Answer:
     boolean for each record sent, which ones did.
     """
 
-    records: Records
-    kept: NDArray[np.bool_] | None = None
+    records: "Records"
+    kept: "NDArray[np.bool_] | None" = None
 
 
 class Remedy(Enum):
@@ -91,7 +90,7 @@ class OpenStage(Protocol):
     takes_table: bool
     """Whether it works on tables, so that text must be parsed before; else it takes records as they are."""
 
-    async def invoke(self, records: Records) -> Answer:
+    async def invoke(self, records: "Records") -> Answer:
         """Answer the records, in order. Raises InvocationFailed; StageStartError if the stage is gone for good."""
         ...
 
