@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.s3_server import S3Server, start_s3_server
+
+# Time says nothing here: the cores are shared, and a property is no benchmark.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 ENGINES = ["docker", "podman"]
 
