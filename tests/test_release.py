@@ -3,15 +3,17 @@
 import os
 import pty
 import signal
-from subprocess import Popen
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
 from tests.jobs import COMMAND, ECHO, GATE, Jobs, csv_rows, open_jobs, until
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 BLOCK = """
 import pandas as pd
@@ -49,7 +51,7 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
 def blocked(jobs: Jobs) -> "Popen[str]":
     """A run on two workers, each with two splits that wait for the file ``go``."""
     run = jobs.start("run", jobs.job("stages:block", **SPLITS))
-    until(lambda: len(list(jobs.folder.glob("began-*"))) >= 2, within_s=30)
+    until(lambda: len(list(jobs.folder.glob("began-*"))) >= 2, within_s=60)
     return run
 
 
@@ -90,7 +92,7 @@ def test_G5_ctrl_c_at_a_terminal_reaches_the_driver_alone_and_ends_it_with_130(j
     if not pid:
         os.chdir(jobs.folder)
         os.execve(COMMAND[0], [*COMMAND, "run", str(job)], jobs.environment)
-    until(lambda: list(jobs.folder.glob("began-*")), within_s=30)
+    until(lambda: list(jobs.folder.glob("began-*")), within_s=60)
 
     os.write(terminal, b"\x03")
 
