@@ -186,6 +186,15 @@ def test_what_is_cut_and_what_is_not(found, format_, keys, cuts):
     assert list(FORMATS[format_].iter_cuts(pytest.fail, found, 10, input_spec(format_, **keys))) == cuts
 
 
+def test_a_record_over_the_limit_is_not_read_to_its_end():
+    data = b'"' + b"x" * 30_000_000
+    reader = csv_format.open_range(io.BytesIO(data), range_of(data), 0, input_spec(max_record_mb=2), None)
+
+    with pytest.raises(InputError, match=r"\(a quote opens a value there that is not closed\)"):
+        list(reader)
+    assert reader.bytes_read < 5_000_000
+
+
 def test_a_long_record_is_read_in_pieces_that_double():
     """Joining what was read so far at every block would take O(n^2)."""
     data = b"x" * 30_000_000 + b"\n"

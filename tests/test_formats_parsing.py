@@ -50,6 +50,7 @@ def test_no_records_keep_the_schema():
 @pytest.mark.parametrize(("record", "reason"), [
     (b"1\n", "has 1 field, the header has 2"),
     (b"1,2,3\n", "has 3 fields, the header has 2"),
+    (b"1\xff\n", "has 1 field, the header has 2"),
     (b"x,2\n", "'x' in column 'a' is not int64"),
     (b'"' + b"y" * 99 + b'",2\n', f"'{'y' * 60}...' in column 'a' is not int64"),
     (b"1,\xff\n", "is not utf-8 in column 'b' (input.encoding)"),

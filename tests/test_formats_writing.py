@@ -74,12 +74,18 @@ def test_bytes_do_not_depend_on_the_batches(format_, codec, rows, at):
     with pytest.MonkeyPatch.context() as patch:  # so small that a few records cross the bounds
         patch.setattr(parquet_writer, "GROUP_ROWS", 7)
         patch.setattr(parquet_writer, "GROUP_BYTES", 150)
-        patch.setattr("batchpipe.formats.compression.CHUNK_BYTES", 64)
 
         whole = written([table], format=format_, compression=codec)
         parts = written(cut(table, at), format=format_, compression=codec)
 
     assert parts == whole
+
+
+def test_pages_of_a_row_group_do_not_depend_on_the_batches():
+    """Arrow ends a page at the end of a batch: a row group is made one before it is written."""
+    table = pa.table({"s": [str(i * 7919 % 10007) for i in range(40_000)]})
+
+    assert written(cut(table, [777, 5000, 11_111]), table.schema) == written([table], table.schema)
 
 
 def test_parquet_has_fixed_row_groups_and_no_pandas_metadata(monkeypatch):

@@ -10,10 +10,8 @@ import pyarrow as pa
 from batchpipe.errors import InputError
 from batchpipe.split import InputObject
 
+_BLOCK_BYTES = 1 << 20
 _BY_ENDING = {".gz": "gzip", ".zst": "zstd"}
-
-CHUNK_BYTES = 1 << 20
-"""What a compressor is given at a time, so that its bytes do not depend on how records came in."""
 
 
 class Sink(Protocol):
@@ -42,7 +40,7 @@ def decompressed(file: IO[bytes], input_object: InputObject, compression: str) -
         if compression == "gzip"
         else pa.CompressedInputStream(pa.PythonFile(Borrowed(file), mode="r"), "zstd")
     )
-    return io.BufferedReader(_Decompressed(opened, input_object, compression), CHUNK_BYTES)
+    return io.BufferedReader(_Decompressed(opened, input_object, compression), _BLOCK_BYTES)
 
 
 class Borrowed(io.RawIOBase):
@@ -106,34 +104,16 @@ class _Decompressed(io.RawIOBase):
         )
 
 
-class Compressed:
-    """A sink that compresses what is written to it. ``close`` ends the stream and leaves the sink beneath open."""
-
-    def __init__(self, sink: Sink, compression: str) -> None:
-        self._waiting = bytearray()
-        self._stream: Any = sink
-        if compression == "gzip":
-            # No time and no name in the header: the same records give the same bytes.
-            self._stream = gzip.GzipFile(filename="", mode="wb", fileobj=_Writable(sink), mtime=0)
-        elif compression == "zstd":
-            self._stream = pa.CompressedOutputStream(pa.PythonFile(_Writable(sink), mode="w"), "zstd")
-        self._is_compressed = compression in ("gzip", "zstd")
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._waiting += data
-        if len(self._waiting) >= CHUNK_BYTES:
-            whole = len(self._waiting) // CHUNK_BYTES * CHUNK_BYTES
-            with memoryview(self._waiting) as waiting:
-                for start in range(0, whole, CHUNK_BYTES):
-                    self._stream.write(bytes(waiting[start : start + CHUNK_BYTES]))
-            del self._waiting[:whole]
-
-    def close(self) -> None:
-        if self._waiting:
-            self._stream.write(bytes(self._waiting))
-            self._waiting.clear()
-        if self._is_compressed:
-            self._stream.close()
+def compressing(sink: Sink, compression: str) -> IO[bytes]:
+    """Return a file that compresses what is written to it; closing it ends the stream and leaves the sink open."""
+    file: Any = writable(sink)
+    if compression == "gzip":
+        # No time and no name in the header: the same records give the same bytes.
+        return gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0)  # type: ignore[return-value]  # it is one
+    if compression == "zstd":
+        return pa.CompressedOutputStream(pa.PythonFile(file, mode="w"), "zstd")  # type: ignore[return-value]  # it is one
+    whole: IO[bytes] = file
+    return whole
 
 
 class _Writable(io.RawIOBase):
@@ -147,10 +127,10 @@ class _Writable(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        with memoryview(data) as view:
-            self._sink.write(bytes(view))
-            self._position += view.nbytes
-            return view.nbytes
+        whole = data if isinstance(data, bytes) else bytes(data)
+        self._sink.write(whole)
+        self._position += len(whole)
+        return len(whole)
 
     def tell(self) -> int:
         return self._position

@@ -65,11 +65,10 @@ class QuoteScanner:
         return ends
 
     def starts_inside(self, buffer: bytes) -> bool:
-        """Whether the buffer proves that its first byte is inside quotes: only the other state is contradicted."""
+        """Whether the buffer proves that its first byte is inside quotes: outside is contradicted."""
         view = np.frombuffer(buffer, np.uint8)
-        quotes = _positions(view, 0, self._quote[0])
-        outside, inside = (self._first_bad(view, *_sides(quotes, state), field_start=0) for state in (False, True))
-        return outside >= 0 and inside < 0
+        sides = _sides(_positions(view, 0, self._quote[0]), inside=False)
+        return self._first_bad(view, *sides, field_start=0) >= 0
 
     def _first_bad(self, view: NDArray[np.uint8], opening: Int64s, closing: Int64s, field_start: int) -> int:
         """Return the position of the first quote that contradicts the state, -1 if there is none."""

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from batchpipe.batch import ByteRecords, Records
 from batchpipe.content import CSV, JSON, JSON_LINES, ContentError, encode
 from batchpipe.errors import OutputError
-from batchpipe.formats.compression import Compressed, Sink
+from batchpipe.formats.compression import Sink, compressing
 from batchpipe.job import OutputSpec
 
 _NEWLINE = 10
@@ -42,7 +42,7 @@ class TextWriter:
         self._name = spec.format
         self._types = types
         self._to_bytes = to_bytes
-        self._sink = Compressed(sink, spec.codec)
+        self._sink = compressing(sink, spec.codec)
 
     def start(self, head: bytes) -> None:
         """Write what comes before the first record."""
