@@ -1,0 +1,207 @@
+"""Running again: nothing visible before commit (G2), one result for any number of starts (G3), the same bytes (G4)."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs import ECHO, GATE, Jobs, csv_rows, until
+
+STAGES = """
+import pandas as pd
+
+def square(frame: pd.DataFrame, power=2):
+    return frame.assign(square=frame.n**power)
+
+def slow(frame: pd.DataFrame):
+    if frame.n.min() >= 600:
+        (HERE / f"began-{frame.n.min()}").touch()
+        wait_for("go")
+    return frame.assign(square=frame.n**2)
+"""
+SPLITS: dict[str, Any] = {"batch": {"split_mb": 0.001}, "output": {"format": "parquet"}}
+
+
+def make(folder: Path) -> Jobs:
+    jobs = Jobs(folder)
+    jobs.write("stages.py", GATE + ECHO + STAGES)
+    jobs.write("in/a.csv", csv_rows(600))
+    jobs.write("in/b.csv", csv_rows(600, 600))
+    return jobs
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    jobs = make(tmp_path)
+    yield jobs
+    jobs.end()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """A finished run of `square` on one worker."""
+    jobs = make(tmp_path_factory.mktemp("done"))
+    ran = jobs.run("run", jobs.job("stages:square", **SPLITS), "--run-id", "first")
+    assert ran.code == 0, ran.err
+    yield jobs
+    jobs.end()
+
+
+def content(jobs: Jobs) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in jobs.part_bytes().items()}
+
+
+def begun(jobs: Jobs) -> bool:
+    """Whether half of the splits are settled and journaled, and the others wait for the file ``go``."""
+    entries = [json.loads(line) for path in jobs.hidden("*/journal/*") for line in path.read_text().splitlines()]
+    return any(jobs.folder.glob("began-*")) and sum(entry["type"] == "split" for entry in entries) >= 4
+
+
+def test_G2_nothing_is_visible_while_a_run_goes_on_and_all_of_it_afterwards(jobs: Jobs):
+    run = jobs.start("run", jobs.job("stages:slow", **SPLITS))
+    until(lambda: begun(jobs), within_s=60)
+
+    assert jobs.parts() == []
+    assert not jobs.hidden("manifest.json")
+    assert jobs.hidden("lock")
+    jobs.write("go", "")
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 0, err
+    assert jobs.parts()
+    assert not jobs.hidden("lock")
+    assert not jobs.hidden("*/pending") + jobs.hidden("*/journal")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_G4_a_run_that_was_stopped_resumes_to_the_same_bytes(done: Jobs, jobs: Jobs, number: signal.Signals):
+    job = jobs.job("stages:slow", **SPLITS)
+    run = jobs.start("run", job, "--workers", "2")
+    until(lambda: begun(jobs), within_s=60)
+    run.send_signal(number)
+    run.communicate(timeout=10)
+    until(lambda: not jobs.processes())
+    assert jobs.parts() == []
+
+    jobs.write("go", "")
+    again = jobs.run("run", job, "--json")
+
+    assert again.code == 0, again.err
+    kept = int(again.err.partition("kept=")[2].split()[0])
+    assert 4 <= kept < again.manifest["splits"]
+    assert content(jobs) == content(done)
+
+
+@pytest.mark.parametrize("workers", ["2", "3"])
+def test_G4_any_number_of_workers_writes_the_same_bytes(done: Jobs, jobs: Jobs, workers: str):
+    ran = jobs.run("run", jobs.job("stages:square", **SPLITS), "--workers", workers)
+
+    assert ran.code == 0, ran.err
+    assert len(content(done)) > 8
+    assert content(jobs) == content(done)
+
+
+def test_G3_the_same_job_under_its_run_id_is_a_no_op(done: Jobs):
+    before = content(done)
+
+    again = done.run("run", "job.yaml", "--run-id", "first")
+
+    assert (again.code, content(done)) == (0, before)
+    assert "job first: done already at " in again.out
+    assert "nothing to do" in again.out
+
+
+def test_G3_another_job_under_a_finished_run_id_is_refused(done: Jobs):
+    again = done.run("run", "job.yaml", "--run-id", "first", "--set", "stages.square.params.power=3")
+
+    assert again.code == 2
+    assert "error: run first is finished, with another job file or other inputs" in again.err
+    assert "choose another --run-id, or leave it out" in again.err
+
+
+def test_another_finished_run_in_the_output_is_not_overwritten_unasked(done: Jobs):
+    again = done.run("run", "job.yaml", "--set", "stages.square.params.power=3")
+
+    assert again.code == 7
+    assert "error: the output holds the finished run first of " in again.err
+    assert "choose another output.uri, or set output.if_exists: replace" in again.err
+
+
+def test_G3_an_unfinished_run_of_another_job_names_what_changed_and_how_to_drop_it(jobs: Jobs):
+    job = jobs.job("stages:slow", **SPLITS)
+    run = jobs.start("run", job)
+    until(lambda: begun(jobs), within_s=60)
+    busy = jobs.run("run", job)
+    run.kill()
+    run.communicate()
+    until(lambda: not jobs.processes())
+    jobs.write("go", "")
+
+    other = jobs.run("run", job, "--set", "batch.max_records=7")
+    restarted = jobs.run("run", job, "--set", "batch.max_records=7", "--restart", "--json")
+
+    assert busy.code == 75
+    assert f"pid {run.pid}, since " in busy.err
+    assert "--wait 600" in busy.err
+    assert other.code == 2
+    assert "of another job or input" in other.err
+    assert "changed: job.batch.max_records was " in other.err
+    assert "add --restart to drop it and begin anew" in other.err
+    assert (restarted.code, restarted.manifest["accounts"]["written"]) == (0, 1200), restarted.err
+    assert [path.name for path in jobs.hidden("*") if path.is_dir()] == [restarted.manifest["run_id"]]
+
+
+def test_G3_changed_input_is_another_run(jobs: Jobs):
+    job = jobs.job("stages:slow", **SPLITS)
+    run = jobs.start("run", job, "--run-id", "nightly")
+    until(lambda: begun(jobs), within_s=60)
+    run.kill()
+    run.communicate()
+    until(lambda: not jobs.processes())
+    jobs.write("in/c.csv", csv_rows(3))
+
+    again = jobs.run("run", job, "--run-id", "nightly")
+
+    assert again.code == 2
+    assert "changed: inputs.objects was 2, is 3" in again.err
+
+
+def test_waiting_for_the_lock_takes_over_when_the_other_run_has_ended(jobs: Jobs):
+    job = jobs.job("stages:slow", **SPLITS)
+    first = jobs.start("run", job)
+    until(lambda: begun(jobs), within_s=60)
+    second = jobs.start("run", job, "--wait", "60", "--json")
+
+    jobs.write("go", "")
+    first.communicate(timeout=60)
+    out, err = second.communicate(timeout=60)
+
+    assert (first.returncode, second.returncode) == (0, 0), err
+    assert json.loads(out)["accounts"]["written"] == 1200
+
+
+def test_replace_keeps_the_old_parts_until_the_new_manifest_names_others(done: Jobs, jobs: Jobs):
+    job = jobs.job("stages:square", **{**SPLITS, "output": {"format": "parquet", "if_exists": "replace"}})
+    first = jobs.run("run", job, "--json")
+    old = set(content(jobs))
+
+    second = jobs.run("run", job, "--set", "stages.square.params.power=3", "--json")
+
+    assert (first.code, second.code) == (0, 0), second.err
+    assert all(name.startswith(f"part-{second.manifest['run_id']}-") for name in content(jobs))
+    assert old.isdisjoint(content(jobs))
+    assert [path.name for path in jobs.hidden("*") if path.is_dir()] == [second.manifest["run_id"]]
+    assert jobs.run("verify", jobs.out).code == 0
+
+
+def test_a_folder_with_files_of_others_is_refused(jobs: Jobs):
+    jobs.write("out/notes.txt", "mine")
+
+    ran = jobs.run("run", jobs.job("stages:square", **SPLITS))
+
+    assert ran.code == 7
+    assert "error: the output folder holds 'notes.txt', which no manifest names" in ran.err
+    assert jobs.hidden("*") == []
