@@ -39,6 +39,8 @@ CONNECT_TIMEOUT_S = 10.0
 LEASE_RENEWED_S = 2.0
 RELEASE_TIMEOUT_S = 20.0
 TICK_S = 0.2
+FETCH_S = 2.0
+"""For a result of some kilobytes; the worker that holds it may be lost meanwhile."""
 
 
 class Pool:
@@ -109,8 +111,12 @@ class Pool:
                 future = self._next_done(done, on_tick)
                 if future is None:
                     continue
+                try:
+                    error, result = _ended(future)
+                except TimeoutError:  # its worker was lost before it could be asked for the result: Dask runs it again
+                    future.add_done_callback(done.put)
+                    continue
                 _, task, lost = running.pop(future.key)
-                error = future.exception() if future.status == "error" else None
                 if isinstance(error, KilledWorker) or future.status == "cancelled":
                     if lost + 1 >= MAX_LOST:
                         raise self._lost(task)
@@ -120,7 +126,7 @@ class Pool:
                 else:
                     if self._processes:
                         self._processes.task_done()
-                    yield task, future.result()
+                    yield task, result
                 future.release()
         finally:
             self._client.cancel([future for future, _, _ in running.values()], force=True)
@@ -132,11 +138,11 @@ class Pool:
         return self._seen
 
     def _next_done(self, done: "queue.SimpleQueue[distributed.Future[Any]]", on_tick: Callable[[], None]) -> Any:
+        if self._processes and self._processes.error:
+            raise self._processes.error
         try:
             return done.get(timeout=TICK_S)
         except queue.Empty:
-            if self._processes and self._processes.error:
-                raise self._processes.error from None
             return None
         finally:
             on_tick()
@@ -300,6 +306,18 @@ def _no_workers(processes: WorkerProcesses | None) -> PoolError:
     return PoolError(
         f"no worker came within {WORKERS_TIMEOUT_S:.0f} s", log=log, next="compute.cluster names the workers"
     )
+
+
+def _ended(future: "distributed.Future[Any]") -> tuple[BaseException | None, Any]:
+    """The error or the result of a future that is done. Raises TimeoutError where it is done no more."""
+    if future.status == "cancelled":
+        return None, None
+    if future.status == "error":
+        return future.exception(timeout=FETCH_S), None
+    try:
+        return None, future.result(timeout=FETCH_S)
+    except KilledWorker as error:
+        return error, None
 
 
 def _run(gauge: Gauge, function: Callable[..., Result], *args: Any) -> Result:
