@@ -2,7 +2,9 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -17,12 +19,14 @@ from batchpipe.manifest import Accounts, Failure, RangeResult
 from batchpipe.orders import Orders
 from batchpipe.parts import Quarantine
 from batchpipe.redact import clean_uri, mask, secrets_of
-from batchpipe.split import Range, Split
-from batchpipe.storage import open_store
+from batchpipe.split import Split
+from batchpipe.storage import ObjectFile, open_store
 
 READING = "read"
 """The stage that failures of reading and parsing are reported under."""
 MAX_MESSAGE_CHARACTERS = 2_000
+OPENED_AHEAD = 8
+"""Small objects of a split that are asked for before they are read: of a thousand, each would be waited for."""
 
 _gauge = {"records": 0, "bytes": 0}
 _moving = threading.Lock()
@@ -119,15 +123,33 @@ class Source:
             self._show(name, -self._shown[name])
 
     def _blocks(self) -> Iterator[MiniBatch]:
-        for number, (found, counts) in enumerate(zip(self._split.ranges, self._counts, strict=True)):
-            if found.object.size:
-                yield from self._blocks_of(number, found, counts)
+        with closing(self._files()) as files:
+            for number, file in files:
+                yield from self._blocks_of(number, file)
 
-    def _blocks_of(self, number: int, found: Range, counts: _Counts) -> Iterator[MiniBatch]:
-        one, spec = found.object, self._job.input
-        store = open_store(one.uri, spec.storage_options)
-        with store.open(one.uri, size=one.size, version=one.version) as file:
-            reader = self._format.open_range(file, found, number, spec, self._schema)
+    def _files(self) -> Generator[tuple[int, ObjectFile]]:
+        """The number of each range that holds anything, and its open object: small ones are opened a few ahead."""
+        opened: deque[tuple[int, ObjectFile]] = deque()
+        try:
+            for number, one in ((number, found.object) for number, found in enumerate(self._split.ranges)):
+                if not one.size:
+                    continue
+                store = open_store(one.uri, self._job.input.storage_options)
+                opened.append((number, store.open(one.uri, size=one.size, version=one.version)))
+                if len(self._split.ranges) > 1:
+                    opened[-1][1].prefetch()
+                if len(opened) > OPENED_AHEAD:
+                    yield opened.popleft()
+            while opened:
+                yield opened.popleft()
+        finally:
+            for _, file in opened:
+                file.close()
+
+    def _blocks_of(self, number: int, file: ObjectFile) -> Iterator[MiniBatch]:
+        found, counts = self._split.ranges[number], self._counts[number]
+        with file:
+            reader = self._format.open_range(file, found, number, self._job.input, self._schema)
             for block in reader:
                 counts.first = reader.first
                 self._count("read", block.origins)

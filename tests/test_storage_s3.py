@@ -85,6 +85,16 @@ def test_a_small_piece_costs_two_requests_and_one_to_publish(store: Any, bucket:
     assert calls == ["CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"]
 
 
+def test_an_object_that_is_opened_ahead_is_asked_for_before_it_is_read(store: Any, bucket: str):
+    version = store.put(f"s3://{bucket}/x", b"rows")
+    calls: list[str] = []
+    store._client._filesystem.s3.meta.events.register("before-call.s3", lambda model, **_: calls.append(model.name))
+    with store.open(f"s3://{bucket}/x", size=4, version=version) as file:
+        file.prefetch()
+        store.stat(f"s3://{bucket}/x")
+        assert (file.read(), calls) == (b"rows", ["GetObject", "HeadObject"])
+
+
 def test_memory_is_bounded_whatever_is_written_and_read(store: Store, bucket: str):
     tracemalloc.start()
     version = store.publish(write_pending(store, f"s3://{bucket}/p", 128 * MB))

@@ -38,6 +38,10 @@ class S3RangeReader(VersionedRaw):
             if there["ETag"].strip('"') != self._version:
                 raise _changed(self._uri)
 
+    def prefetch(self) -> None:
+        if self._size and not self._block and not self._next:
+            self._next = (0, self._fetch(0, 0, is_sequential=False))
+
     def readable(self) -> bool:
         return True
 

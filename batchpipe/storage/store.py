@@ -42,6 +42,9 @@ class VersionedRaw(io.RawIOBase):
     def check_unchanged(self) -> None:
         """Raise InputError when the object changed since it was listed; nothing where every read is conditional."""
 
+    def prefetch(self) -> None:
+        """Begin to fetch the first bytes in the background; nothing where they do not have to be waited for."""
+
 
 class ObjectFile(io.BufferedReader):
     """A seekable object opened for reading at the version that was listed.
@@ -66,6 +69,10 @@ class ObjectFile(io.BufferedReader):
     def check_unchanged(self) -> None:
         """Raise InputError (exit 3) when the object is not what was listed any more."""
         self._versioned.check_unchanged()
+
+    def prefetch(self) -> None:
+        """Begin to fetch the first bytes in the background: for who opens some objects ahead of the one it reads."""
+        self._versioned.prefetch()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
