@@ -82,6 +82,7 @@ class S3Client:
         with _understood():
             self._filesystem = S3FileSystem(**{**options, "config_kwargs": config}, skip_instance_cache=True)
         self._filesystem.retries = 1
+        self._connecting = asyncio.Lock()
 
     def call(self, doing: Doing, method: str, uri: str, **parameters: Any) -> dict[str, Any]:
         """Call one S3 operation on an object (or folder) and give its answer; errors are ours."""
@@ -93,7 +94,8 @@ class S3Client:
             parameters["Key"] = key
         try:
             with _understood():
-                await self._filesystem.set_session()
+                async with self._connecting:  # else each of several first calls would open a client of its own
+                    await self._filesystem.set_session()
             return await self._call_until_settled(method, Bucket=bucket, **parameters)
         except (OSError, BotoCoreError) as exc:
             if code_of(exc) == "403" and method.startswith("head_"):
