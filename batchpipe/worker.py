@@ -5,6 +5,7 @@ for the folder to say where the scheduler is.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import pickle
@@ -13,8 +14,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batchpipe.processes import SPLITS_AT_A_TIME
+
+if TYPE_CHECKING:
+    from batchpipe.job import Job
 
 WAIT_S = 600.0
 PARENT_S = 0.5
@@ -45,10 +50,20 @@ def _open_chain(folder: Path, copy: int) -> None:
     from batchpipe.worker_chain import be_copy, open_worker_chain
 
     be_copy(copy)
-    try:
-        open_worker_chain(*pickle.loads(_wait_for(folder / "chain.pickle")))
-    except BatchpipeError:
-        return  # the first task opens it again and brings the error to the driver
+    job, run_id = pickle.loads(_wait_for(folder / "chain.pickle"))
+    threading.Thread(target=_open_stores, args=(job,), name="open stores", daemon=True).start()
+    with contextlib.suppress(BatchpipeError):  # the first task opens it again and brings the error to the driver
+        open_worker_chain(job, run_id)
+
+
+def _open_stores(job: "Job") -> None:
+    """Import what the job's stores need, which for S3 takes longer than to read a split."""
+    from batchpipe.errors import BatchpipeError
+    from batchpipe.storage import open_store
+
+    with contextlib.suppress(BatchpipeError):
+        for uri, spec in (job.input.uri[0], job.input), (job.output.uri, job.output):
+            open_store(uri, spec.storage_options)
 
 
 async def _work(address: str, security: dict[str, str], folder: Path, name: str) -> None:
