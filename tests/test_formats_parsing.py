@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batchpipe.batch import ByteRecords
@@ -154,6 +154,7 @@ CSV_RECORD = st.sampled_from(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(CSV_RECORD, max_size=30))
+@example([b"8\r9,1\n", b"\r\r\n"])
 def test_csv_records_parse_together_as_they_do_alone(records):
     together, alone = of_csv(*records), [of_csv(record) for record in records]
 
