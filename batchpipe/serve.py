@@ -26,6 +26,7 @@ MAX_WAITING = 100
 """Requests that may wait for the callable; the next one is told to come back (503)."""
 DEFAULT_PORT = 8080
 MAX_PAYLOAD_MB = 100.0
+ADVISED_PAYLOAD_MB = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +96,10 @@ class _Server:
 
     async def execution_parameters(self, _: web.Request) -> web.Response:
         advice = {
-            "MaxConcurrentTransforms": self._stage.concurrency,
+            # One more than can be worked on, so that the next one is there when the callable is free.
+            "MaxConcurrentTransforms": self._stage.concurrency + 1,
             "BatchStrategy": "MULTI_RECORD",
-            "MaxPayloadInMB": int(self._max_payload_mb) or 1,
+            "MaxPayloadInMB": max(1, int(min(self._max_payload_mb, ADVISED_PAYLOAD_MB))),
         }
         return web.json_response(advice)
 

@@ -7,7 +7,9 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 PACKAGES = (
@@ -17,12 +19,13 @@ PACKAGES = (
     *("libgomp1", "ca-certificates"),
 )
 PULLED_BASE = "python:3.11-slim"
+ROOT = Path(__file__).parent.parent
 SERVER = Path(__file__).with_name("stage_server.py")
 
 
 def base_image(engine: str) -> str:
     """The name of an image with Python 3.11 and a shell; made if the engine has it not."""
-    name = f"batchpipe-test-base:{_digest(' '.join(PACKAGES).encode(), Path(__file__).read_bytes())}"
+    name = f"batchpipe-test-base:{_digest(*map(str.encode, PACKAGES))}"
     if has_image(engine, name):
         return name
     if not shutil.which("apt-get"):
@@ -47,6 +50,24 @@ def stage_image(engine: str) -> str:
     return name
 
 
+def job_base_image(engine: str) -> str:
+    """The name of a base on which a Dockerfile's `pip install` of batchpipe and its examples fetches nothing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["examples"], "hatchling", "pip"]
+    name = f"batchpipe-test-job-base:{_digest(*map(str.encode, [*PACKAGES, *requirements]))}"
+    if has_image(engine, name):
+        return name
+    if not shutil.which("apt-get"):
+        return PULLED_BASE
+    with tempfile.TemporaryDirectory() as folder:
+        root = unpack_packages(Path(folder))
+        target = [f"--target={root}/packages", "--python-version=3.11", "--only-binary=:all:"]
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *target, *requirements], check=True)
+        # pip reads "no isolation" the wrong way round: 0 is yes.
+        import_root(engine, root, name, PYTHONPATH="/packages", PIP_NO_INDEX="1", PIP_NO_BUILD_ISOLATION="0")
+    return name
+
+
 def build(engine: str, name: str, context: Path, dockerfile: str = "Dockerfile", **arguments: str) -> None:
     """Build an image by the engine's classic builder, which needs no registry for its base."""
     given = [f"--build-arg={key}={value}" for key, value in arguments.items()]
@@ -67,6 +88,7 @@ def unpack_packages(folder: Path) -> Path:
     (root / "bin").mkdir(exist_ok=True)
     for name in ("sh", "ls", "cat", "cp", "mkdir", "rm", "env", "sleep"):
         (root / "bin" / name).symlink_to("busybox")
+    (root / "usr/lib/python3.11/EXTERNALLY-MANAGED").unlink(missing_ok=True)
     (root / "tmp").mkdir(mode=0o1777, exist_ok=True)
     (root / "tmp").chmod(0o1777)
     (root / "etc").mkdir(exist_ok=True)

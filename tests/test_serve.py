@@ -101,11 +101,11 @@ def get(address: str, path: str) -> tuple[int, bytes]:
 
 
 def test_ping_and_execution_parameters_are_answered(serve_it: Serve):
-    address = serve_it("double", max_payload_mb=6)
+    address = serve_it("double")
 
     assert get(address, "/ping") == (200, b"")
     assert json.loads(get(address, "/execution-parameters")[1]) == {
-        "MaxConcurrentTransforms": 1,
+        "MaxConcurrentTransforms": 2,
         "BatchStrategy": "MULTI_RECORD",
         "MaxPayloadInMB": 6,
     }

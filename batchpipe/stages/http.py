@@ -185,8 +185,9 @@ class HttpStage:
             return await self._decode(answer, content_type, len(records))
 
     async def _encode(self, records: Records, content_type: str) -> Body:
+        size = int(records.nbytes) if len(records) > 1 else 0  # one record is sent as it lies
         try:
-            body = await _on_thread(partial(self.exchange.encode, records, content_type), int(records.nbytes))
+            body = await _on_thread(partial(self.exchange.encode, records, content_type), size)
         except ContentError as exc:
             msg = f"stage {self.name!r} takes {content_type}, and what arrives does not fit: {exc}"
             advice = "state content_type or accept of the stages on both sides"
