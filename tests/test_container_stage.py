@@ -1,6 +1,7 @@
 """Container stages against a real engine: the contract, what is taken away from an image, and what is left behind."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from batchpipe.errors import StageStartError
 from batchpipe.job import StageSpec
 from batchpipe.stages.container import open_container, run_arguments
 from batchpipe.stages.engine import EngineError, find_engine
+from batchpipe.stages.leftovers import Started, find_started, remove_started
 from tests import images
 from tests.opened_stage import Opened, opened
 from tests.stage_contract import Open, StageContract, state_of
@@ -240,32 +242,66 @@ def test_no_engine_says_what_was_tried(tmp_path: Path, monkeypatch: pytest.Monke
         find_engine()
 
 
-def test_G5_killed_worker_leaves_no_container(
-    engine: str, image: str, run_id: str, left: Callable[[], list[str]], tmp_path: Path
-):
-    code = f"""
-import time
-from pathlib import Path
-from tests.opened_stage import opened
+WORKER = """
+import os, signal, sys, time
 from functools import partial
+from pathlib import Path
 from batchpipe.stages.container import open_container
 from batchpipe.stages.watcher import open_watcher
-open_it = partial(open_container, watcher=open_watcher())
-stages = [opened(Path({str(tmp_path)!r}) / str(i), {{"container": {{"image": {image!r}, "network": network}}}},
-    open_it=open_it, run_id={run_id!r}) for i, network in enumerate(["default", "none"])]
+from tests.opened_stage import opened
+folder, image, run_id = sys.argv[1:]
+watcher = open_watcher()
+open_it = partial(open_container, watcher=watcher)
+stages = [
+    opened(Path(folder) / network, {"container": {"image": image, "network": network}}, open_it=open_it, run_id=run_id)
+    for network in ("default", "none")
+]
 for stage in stages:
     stage.__enter__()
-print("up", flush=True)
+print(watcher.pid, flush=True)
 time.sleep(60)
 """
+
+
+@pytest.fixture
+def worker(image: str, run_id: str, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A process with two open container stages, one of which has a network of its own; and its watcher's id."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as worker:
+    command = [sys.executable, "-c", WORKER, str(tmp_path), image, run_id]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as worker:
         assert worker.stdout
-        worker.stdout.readline()
-        assert len(left()) == 3
+        yield worker, int(worker.stdout.readline())
         worker.kill()
+
+
+def test_G5_killed_worker_leaves_no_container(
+    worker: tuple[subprocess.Popen[bytes], int], left: Callable[[], list[str]]
+):
+    assert len(left()) == 3
+
+    worker[0].kill()
 
     deadline = time.monotonic() + 10
     while left():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_what_is_left_without_a_watcher_is_found_and_removed(
+    worker: tuple[subprocess.Popen[bytes], int], run_id: str, left: Callable[[], list[str]]
+):
+    def mine() -> list[Started]:
+        return [each for each in find_started(find_engine()) if each.run_id == run_id]
+
+    assert [(each.kind, each.stage, each.state, each.is_orphan) for each in mine()] == [
+        ("container", "stage", "running", False),
+        ("container", "stage", "running", False),
+        ("network", "stage", "", False),
+    ]
+    os.kill(worker[1], signal.SIGKILL)
+    worker[0].kill()
+    worker[0].wait()
+
+    assert all(each.is_orphan for each in mine())
+    remove_started(find_engine(), mine())
+    assert not left()

@@ -3,6 +3,7 @@
 Labels say whose it is: the watcher removes by them what a killed worker leaves.
 """
 
+import json
 import threading
 import time
 import uuid
@@ -16,13 +17,14 @@ from batchpipe.redact import mask
 from batchpipe.specs.spec import MB
 from batchpipe.stages import StageContext
 from batchpipe.stages.contract import PORT, contract_environment, devices_of
-from batchpipe.stages.engine import RUN_LABEL, STAGE_LABEL, Engine, EngineError, find_engine
+from batchpipe.stages.engine import OWNER_LABEL, RUN_LABEL, STAGE_LABEL, Engine, EngineError, find_engine
 from batchpipe.stages.http import Ending, HttpStage
 from batchpipe.stages.logs import keep_log, log_name, tail
 from batchpipe.stages.model_data import open_model_data
 from batchpipe.stages.ports import take_ports
 from batchpipe.stages.served import open_served
 from batchpipe.stages.watcher import Watcher, open_watcher
+from batchpipe.storage.owner import this_process
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
@@ -56,8 +58,7 @@ def open_container(
             engine = find_engine()
             watcher = watcher or held.enter_context(open_watcher())
             watcher.containers(watcher.label, engine.path)
-            labels = [f"--label={RUN_LABEL}={context.run_id}", f"--label={STAGE_LABEL}={stage.name}"]
-            labels.append(f"--label={watcher.label}")
+            labels = _labels(stage, context, watcher)
             port, safe_range = SERVE_PORT, SAFE_RANGE
             if spec.network == "host":
                 ports = take_ports()
@@ -81,6 +82,13 @@ def open_container(
         server.close()
         raise
     return open_served(stage, job, context, server, address, cancelled)
+
+
+def _labels(stage: "StageSpec", context: StageContext, watcher: Watcher) -> list[str]:
+    """Whose the container and its network are: for the watcher's sweep, for `ps` and for `clean`."""
+    owner = json.dumps(this_process({}))
+    labels = {RUN_LABEL: context.run_id, STAGE_LABEL: stage.name, OWNER_LABEL: owner}
+    return [*(f"--label={name}={value}" for name, value in labels.items()), f"--label={watcher.label}"]
 
 
 def run_arguments(stage: "StageSpec", engine: str, *, copy: int, model: Path | None) -> list[str]:

@@ -11,6 +11,8 @@ from typing import Any
 
 RUN_LABEL = "batchpipe.run"
 STAGE_LABEL = "batchpipe.stage"
+OWNER_LABEL = "batchpipe.owner"
+"""The worker process, as the owner of a lock is written: it tells who is dead."""
 ENGINES = ("docker", "podman")
 TIMEOUT_S = 60.0
 

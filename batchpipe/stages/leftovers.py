@@ -1,0 +1,74 @@
+"""Containers and networks on this machine that batchpipe started: what `ps` lists, and `clean` removes if orphaned.
+
+An orphan is one whose worker is dead: its watcher was killed too, or the machine lost power.
+"""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from batchpipe.stages.engine import OWNER_LABEL, RUN_LABEL, STAGE_LABEL, Engine, EngineError
+from batchpipe.storage.owner import is_dead, this_process
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """One container or network: of which run and stage, by whom, and whether that one is gone."""
+
+    kind: str
+    """``container`` or ``network``."""
+    name: str
+    run_id: str
+    stage: str
+    state: str
+    """As the engine says: running, exited ...; empty for a network."""
+    since: str
+    """When its worker opened it, UTC."""
+    is_orphan: bool
+
+
+def find_started(engine: Engine) -> list[Started]:
+    """Return all containers and networks of all runs, orphans or not. Raises EngineError."""
+    found = []
+    for kind, command in (("container", ["ps", "--all"]), ("network", ["network", "ls"])):
+        names = engine.run(*command, "--quiet", f"--filter=label={RUN_LABEL}").split()
+        if names:
+            found += [_started(kind, each) for each in json.loads(engine.run(kind, "inspect", *names))]
+    return sorted(found, key=lambda each: (each.kind, each.since, each.name))
+
+
+def remove_started(engine: Engine, started: Iterable[Started]) -> None:
+    """Remove containers, then networks. One that is gone already is fine."""
+    for each in sorted(started, key=lambda each: each.kind):
+        with suppress(EngineError):
+            engine.run(each.kind, "rm", *(["--force", "--volumes"] if each.kind == "container" else []), each.name)
+
+
+def _started(kind: str, found: dict[str, Any]) -> Started:
+    labels: dict[str, str] = (found.get("Config") or found).get("Labels") or {}
+    owner = _parsed(labels.get(OWNER_LABEL, ""))
+    return Started(
+        kind,
+        str(found["Name"]).lstrip("/"),
+        labels.get(RUN_LABEL, ""),
+        labels.get(STAGE_LABEL, ""),
+        (found.get("State") or {}).get("Status", ""),
+        str(owner.get("since", "")),
+        is_dead(owner) or _is_from_before_a_boot(owner),
+    )
+
+
+def _is_from_before_a_boot(owner: dict[str, Any]) -> bool:
+    """Whether this machine was started anew since: whoever ran before is dead."""
+    here = this_process({})
+    return bool(owner.get("host") == here["host"] and owner.get("boot") and owner["boot"] != here["boot"])
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        owner = json.loads(text)
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
