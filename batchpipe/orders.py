@@ -10,7 +10,7 @@ import pyarrow as pa
 from batchpipe import __version__
 from batchpipe.convert import InputSchema
 from batchpipe.job import Job
-from batchpipe.split import Split
+from batchpipe.split import InputObject, Split
 from batchpipe.storage import join
 
 HIDDEN = "_batchpipe"
@@ -36,12 +36,26 @@ class Place:
     def piece_uri(self, split: Split) -> str:
         """Where the split's piece will be published."""
         output = self.job.output
-        compressed = _COMPRESSED_ENDINGS.get(output.codec, "") if output.format != "parquet" else ""
         if output.layout == "parts":
-            return join(output.uri, f"{self.part_prefix}{split.index:08d}{_ENDINGS[output.format]}{compressed}")
+            name = f"{self.part_prefix}{split.index:08d}{_ENDINGS[output.format]}"
+            return join(output.uri, name + self._compressed_ending)
         if split.ranges[0].is_whole:
-            return join(output.uri, f"{split.ranges[0].object.name}.out{compressed}")
-        return join(output.uri, HIDDEN, self.run_id, "pieces", f"{split.index:08d}")
+            return self.mirror_uri(split.ranges[0].object)
+        return join(self.pieces, f"{split.index:08d}")
+
+    def mirror_uri(self, found: InputObject) -> str:
+        """Where the answers to one input object will be published, under `layout: mirror`."""
+        return join(self.job.output.uri, f"{found.name}.out{self._compressed_ending}")
+
+    @property
+    def pieces(self) -> str:
+        """The folder of pieces that are joined before anything is published."""
+        return join(self.job.output.uri, HIDDEN, self.run_id, "pieces")
+
+    @property
+    def _compressed_ending(self) -> str:
+        output = self.job.output
+        return _COMPRESSED_ENDINGS.get(output.codec, "") if output.format != "parquet" else ""
 
     def quarantine_uri(self, split: Split) -> str:
         """Where the split's quarantined records will be seen."""

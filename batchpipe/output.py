@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,8 @@ from batchpipe.errors import BatchpipeError, JobError, LockedError, OutputError
 from batchpipe.job import Job
 from batchpipe.journal import Journal, open_journal
 from batchpipe.manifest import Input, LongTable, Manifest, Part, SplitResult
-from batchpipe.orders import HIDDEN
+from batchpipe.mirror import Assembly
+from batchpipe.orders import HIDDEN, Place
 from batchpipe.plan import Fingerprint
 from batchpipe.published import iter_parts, read_manifest, with_dataset
 from batchpipe.redact import clean_uri
@@ -34,7 +36,8 @@ from batchpipe.runs import (
     unfinished_runs,
     without_type,
 )
-from batchpipe.storage import Lock, Pending, Store, join, open_store, relative
+from batchpipe.split import InputObject
+from batchpipe.storage import Lock, ObjectExistsError, Pending, Store, join, open_store, relative
 
 PUBLISHERS = 8
 LOCK_POLL_S = 0.5
@@ -56,6 +59,8 @@ class Output:
         self.lock: Lock
         self.journal: Journal
         self.pieces: PieceSpool
+        self.assembled: dict[int, dict[str, Any]] = {}
+        """Under mirror, by object: the one piece that its pieces were joined into."""
         self.schemas: dict[str, Any] = {}
         self.started = _now()
         self.is_committed = False
@@ -80,9 +85,18 @@ class Output:
                     self.is_committed = True
                 case "split":
                     settled.append(SplitResult.from_json(without_type(entry)))
+                case "assembled":
+                    self.assembled[entry["object"]] = entry
         if not self.is_committed:
-            settled = [result for result in settled if not result.piece or key_of(result.piece) in present]
-            discard_all_but(self.store, present, settled)
+            apart = {found.uri for found in self.store.iter_folder(self.folder / "pieces")}
+            settled = [
+                result
+                for result in settled
+                if not result.piece or key_of(result.piece) in present or result.piece["uri"] in apart
+            ]
+            self.assembled = {each: one for each, one in self.assembled.items() if key_of(one["piece"]) in present}
+            pieces = [result.piece for result in settled if result.piece]
+            discard_all_but(self.store, present, [*pieces, *(one["piece"] for one in self.assembled.values())])
         for result in settled:
             self.pieces.add(result)
         return settled
@@ -105,6 +119,32 @@ class Output:
         self.pieces.add(result)
         self.journal.append("split", **result.to_json())
 
+    def assemblies(self, inputs: Iterable[InputObject], place: Place) -> Iterator[Assembly]:
+        """Under mirror, the objects whose pieces are still apart; the pieces are published where workers can read them.
+
+        An object that was not cut has one piece, which goes to its place as it is.
+        """
+        objects = iter(inputs)
+        for index, group in groupby(self.pieces, key=lambda each: int(each[1]["objects"][0])):
+            lines = list(group)
+            pieces = [Pending.from_json(line["piece"]) for _, line in lines]
+            if index in self.assembled or not pieces[0].uri.startswith(join(self.folder.uri, "")):
+                continue
+            for piece in pieces:
+                self.store.publish(piece)
+            yield Assembly(
+                object=index,
+                uri=place.mirror_uri(next(found for found in objects if found.index == index)),
+                splits=(lines[0][0], lines[-1][0]),
+                written=sum(line["written"] for _, line in lines),
+                pieces=tuple(piece.uri for piece in pieces),
+            )
+
+    def assembled_as(self, assembly: Assembly, piece: dict[str, Any]) -> None:
+        """Journal that an object's pieces are one."""
+        self.assembled[assembly.object] = {"splits": assembly.splits, "written": assembly.written, "piece": piece}
+        self.journal.append("assembled", object=assembly.object, **self.assembled[assembly.object])
+
     def keep_quarantine(self, result: SplitResult) -> None:
         """Let a split's quarantined records be seen, in place of those of an earlier try."""
         if result.quarantine:
@@ -120,7 +160,7 @@ class Output:
         self.lock.renew()
         replaces = self._versions_to_replace()
         with ThreadPoolExecutor(PUBLISHERS, thread_name_prefix="publish") as threads:
-            parts = list(threads.map(lambda item: self._publish_one(item[0], item[1], replaces), self.pieces))
+            parts = list(threads.map(lambda line: self._publish_one(line, replaces), self._lines()))
         table = self._write_table("parts.jsonl", (part for part in parts if part), lambda part: part.bytes)
         listed = self._write_table("inputs.jsonl", input_rows, lambda row: row.bytes)
         manifest = manifest.model_copy(update={"parts": table, "inputs": listed, "finished": _now()})
@@ -139,13 +179,29 @@ class Output:
             self.journal.flush()
             sweep_run(self.store, self.folder)
 
-    def _publish_one(self, split: int, line: dict[str, Any], replaces: dict[str, str]) -> Part | None:
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """What becomes a part, in order: the piece of a split, or the one that an object's pieces were joined into."""
+        for split, line in self.pieces:
+            joined = self.assembled.get(line["objects"][0]) if line["objects"] else None
+            if joined is None:
+                yield {**line, "splits": (split, split)}
+            elif joined["splits"][0] == split:
+                yield joined
+
+    def _publish_one(self, line: dict[str, Any], replaces: dict[str, str]) -> Part | None:
         if line["piece"] is None:
             return None
         pending = Pending.from_json(line["piece"])
-        self.store.publish(pending, replaces=replaces.get(pending.uri))
         name = relative(pending.uri, self.folder.root)
-        return Part(uri=name, records=line["written"], bytes=pending.size, sha256=pending.sha256, splits=(split, split))
+        try:
+            self.store.publish(pending, replaces=replaces.get(pending.uri))
+        except ObjectExistsError as error:
+            raise OutputError(
+                f"cannot publish {name!r}: the output holds an object of that name, which this run did not make",
+                where=clean_uri(self.folder.root),
+                next="move it away and run the same command again: it finishes what it has begun to publish",
+            ) from error
+        return Part(uri=name, records=line["written"], bytes=pending.size, sha256=pending.sha256, splits=line["splits"])
 
     def _versions_to_replace(self) -> dict[str, str]:
         """Under mirror and replace: the objects of the old manifest that are overwritten in place, at their version."""

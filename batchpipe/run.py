@@ -29,6 +29,7 @@ from batchpipe.manifest import (
     StageAccount,
     StageStats,
 )
+from batchpipe.mirror import assemble
 from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.output import Output
 from batchpipe.plan import Inputs, Plan
@@ -95,7 +96,7 @@ class Run:
     def transform(self, host: Host) -> None:
         """Run every split that has not settled, on a pool that is opened and released here."""
         self.show("plan")
-        if self.schedule.is_done:
+        if self.schedule.is_done and self.job.output.layout == "parts":
             return
         with open_workers(self.job, self.run_id, self.plan.count, host) as pool:
             self.workers = pool.workers
@@ -107,6 +108,8 @@ class Run:
                 for task, outcomes in tasks:
                     for result in self.schedule.settle(task, outcomes):
                         self._settle(result, pool)
+            if self.job.output.layout == "mirror":
+                self._assemble(pool, orders.place)
             self.workers = pool.workers
 
     def publish(self, inputs: Inputs) -> Manifest:
@@ -134,6 +137,15 @@ class Run:
             orders = replace(orders, schemas=pool.call(prove_nothing, orders))
         output.set_schemas(orders.schemas.to_json())
         return orders
+
+    def _assemble(self, pool: "Pool", place: Place) -> None:
+        """Join the pieces of every object that was cut."""
+        self.output.journal.flush()  # which pieces count: they are visible to workers from here on
+        waiting = self.output.assemblies(self.plan.inputs, place)
+        joined = pool.stream(assemble, lambda _: next(waiting, None), place, on_tick=self.output.journal.flush_if_due)
+        with contextlib.closing(joined):
+            for assembly, piece in joined:
+                self.output.assembled_as(assembly, piece)
 
     def _tick(self, pool: "Pool", watch: "Stopwatch") -> None:
         self.output.journal.flush_if_due()

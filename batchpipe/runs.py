@@ -54,8 +54,7 @@ def sweep_run(store: Store, folder: RunFolder) -> None:
     present = {key(pending): pending for pending in iter_pending(store, folder)}
     entries = list(read_journal(store, folder / "journal")) if present else []
     if not any(entry["type"] == "commit" for entry in entries):
-        settled = [SplitResult.from_json(without_type(entry)) for entry in entries if entry["type"] == "split"]
-        discard_all_but(store, present, settled)
+        discard_all_but(store, present, (entry["piece"] for entry in entries if entry.get("piece")))
 
 
 def discard_run(store: Store, folder: RunFolder) -> None:
@@ -65,11 +64,10 @@ def discard_run(store: Store, folder: RunFolder) -> None:
     store.remove_folder(folder.uri)
 
 
-def discard_all_but(store: Store, present: Mapping[str, Pending], settled: Iterable[SplitResult]) -> None:
-    """Discard the present pieces that none of the settled splits wrote."""
-    kept = {key_of(result.piece) for result in settled if result.piece}
-    for key in present.keys() - kept:
-        store.discard(present[key])
+def discard_all_but(store: Store, present: Mapping[str, Pending], pieces: Iterable[dict[str, Any]]) -> None:
+    """Discard what is present and not among the journaled pieces."""
+    for lost in present.keys() - {key_of(piece) for piece in pieces}:
+        store.discard(present[lost])
 
 
 def without_type(entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""`layout: mirror`: one output object for each input object, records in input order, however it was cut."""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs import ECHO, GATE, Jobs, csv_rows, open_jobs, until
+
+SLOW = """
+import pandas as pd
+
+def slow(frame: pd.DataFrame):
+    if frame.n.max() >= 900:
+        (HERE / "began").touch()
+        wait_for("go")
+    return frame
+"""
+MIRROR: dict[str, Any] = {"format": "csv", "layout": "mirror"}
+SPLITS: dict[str, Any] = {"split_mb": 0.002}
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    with open_jobs(tmp_path) as jobs:
+        jobs.write("stages.py", GATE + ECHO + SLOW)
+        jobs.write("in/deep/big.csv", csv_rows(600))
+        jobs.write("in/empty.csv", "")
+        jobs.write("in/more.csv", csv_rows(600, 400))
+        jobs.write("in/small.csv", csv_rows(2))
+        yield jobs
+
+
+def answers(count: int, first: int = 0) -> bytes:
+    return b'"n","text"\n' + b"".join(b'%d,"row %d"\n' % (n, n) for n in range(first, first + count))
+
+
+EXPECTED = {
+    "deep/big.csv.out": answers(600),
+    "empty.csv.out": answers(0),
+    "more.csv.out": answers(600, 400),
+    "small.csv.out": answers(2),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_object_has_one_answer_whose_pieces_are_joined_in_order(jobs: Jobs, workers: int):
+    ran = jobs.run("run", jobs.job(output=MIRROR, batch=SPLITS, compute={"workers": workers}), "--json")
+
+    assert ran.code == 0, ran.err
+    assert ran.manifest["splits"] > 8
+    assert jobs.part_bytes() == EXPECTED
+    parts = {part["uri"]: (part["records"], part["splits"]) for part in jobs.table("parts")}
+    assert parts["deep/big.csv.out"][0] == 600
+    assert parts["deep/big.csv.out"][1][0] < parts["deep/big.csv.out"][1][1]
+    assert not jobs.hidden("*/pieces") + jobs.hidden("*/pending")
+    assert jobs.run("verify", jobs.out).code == 0
+
+
+def test_compressed_pieces_are_joined_to_one_compressed_object(jobs: Jobs):
+    ran = jobs.run("run", jobs.job(output={**MIRROR, "compression": "gzip"}, batch=SPLITS))
+
+    assert ran.code == 0, ran.err
+    assert {name: gzip.decompress(data) for name, data in jobs.part_bytes().items()} == {
+        f"{name}.gz": data for name, data in EXPECTED.items()
+    }
+
+
+def test_G4_a_killed_run_resumes_and_joins_old_and_new_pieces(jobs: Jobs):
+    job = jobs.job("stages:slow", output=MIRROR, batch=SPLITS)
+    run = jobs.start("run", job)
+    until((jobs.folder / "began").exists, within_s=60)
+    until(lambda: '"split"' in "".join(path.read_text() for path in jobs.hidden("*/journal/*")))
+    run.kill()
+    run.communicate()
+    until(lambda: not jobs.processes())
+    assert jobs.parts() == []
+    jobs.write("go", "")
+
+    again = jobs.run("run", job)
+
+    assert (again.code, jobs.part_bytes()) == (0, EXPECTED), again.err
+
+
+def test_G2_a_commit_that_failed_half_way_is_finished_by_the_next_start(jobs: Jobs):
+    job = jobs.job("stages:slow", output=MIRROR, batch=SPLITS)
+    run = jobs.start("run", job)
+    until((jobs.folder / "began").exists, within_s=60)
+    foreign = jobs.write("out/more.csv.out", "not ours")
+    jobs.write("go", "")
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 7
+    assert "error: cannot publish 'more.csv.out': the output holds an object of that name" in err
+    assert "move it away and run the same command again" in err
+    foreign.unlink()
+
+    again = jobs.run("run", job)
+
+    assert (again.code, jobs.part_bytes()) == (0, EXPECTED), again.err
+    assert jobs.run("verify", jobs.out).code == 0
