@@ -21,6 +21,8 @@ from batchpipe.storage import Found, open_store, relative, resolve
 from batchpipe.storage.address import Pattern, has_wildcard
 
 SPLITS_WANTED = 128
+SPLITS_NEEDED = 32
+"""The fewest that are left where a split is made larger to fill a mini-batch."""
 SMALLEST_SPLIT = 256 * 1024
 LARGEST_SPLIT = 64 * 1024 * 1024
 MAX_OBJECTS_PER_SPLIT = 1_000
@@ -88,9 +90,16 @@ class Plan:
 
 def make_plan(inputs: Inputs, job: Job) -> Plan:
     """Choose the size of splits and count them."""
-    split_bytes = job.batch.split_bytes or min(max(inputs.bytes // SPLITS_WANTED, SMALLEST_SPLIT), LARGEST_SPLIT)
+    split_bytes = job.batch.split_bytes or _default_split_bytes(inputs.bytes, job)
     count = sum(1 for _ in iter_splits(inputs, job, split_bytes))
     return Plan(inputs, job, split_bytes, count)
+
+
+def _default_split_bytes(total: int, job: Job) -> int:
+    """So many splits that workers are kept busy to the end; fewer where each would not fill one mini-batch."""
+    payload = min(stage.max_payload_bytes(job.batch) for stage in job.stages)
+    filled = min(payload, total // SPLITS_NEEDED)
+    return min(max(total // SPLITS_WANTED, filled, SMALLEST_SPLIT), LARGEST_SPLIT)
 
 
 def iter_splits(inputs: Inputs, job: Job, split_bytes: int) -> Iterator[Split]:

@@ -141,7 +141,9 @@ class BatchSpec(Spec):
         description="Invocations in flight per worker; by default what a container advises, else the cores.",
     )
     split_mb: Positive | None = Field(
-        default=None, description="MB of one split; by default 1/128 of the input, held between 0.25 and 64."
+        default=None,
+        description="MB of one split; by default 1/128 of the input, held between 0.25 and 64, or one mini-batch where "
+        "that leaves 32 splits.",
     )
 
     @property
