@@ -143,6 +143,14 @@ def test_a_range_that_begins_in_quotes_without_a_sign_of_it_is_read_again():
     assert read_cut(data, 20, input_spec(header=False), 8) == [data[:-4], b"2,b\n"]
 
 
+def test_only_the_first_bytes_of_a_range_may_change_its_guess():
+    """Here the block after them begins at a record, and has a quote that would be well inside a value."""
+    data = b"aaa\n" * 3 + b'x",\n'
+
+    with pytest.raises(ProvisionalInputError, match="a quote inside an unquoted field"):
+        read(data, range_of(data, start=5), input_spec(header=False), block_bytes=8)
+
+
 def test_an_exact_range_that_begins_past_its_stop_is_empty():
     found, reader = read(b"a\n" * 9, Range(InputObject(0, "x", 18, ""), 8, 6, exact=True), input_spec("lines"))
 

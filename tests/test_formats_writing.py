@@ -191,6 +191,13 @@ def test_parquet_refuses_bytes():
         written([ByteRecords.of([b"1"], "text/csv")], format="parquet")
 
 
+def test_parquet_refuses_columns_that_it_lacks_or_that_do_not_fit():
+    with pytest.raises(OutputError, match=r"output.format parquet cannot hold the answers: .*struct"):
+        written([], schema_of(o=pa.struct([])))
+    with pytest.raises(OutputError, match=r"'x' .string. in column 'i' does not fit its type int64"):
+        written([pa.table({"i": ["x"]})], schema_of(i=pa.int64()))
+
+
 def test_jsonl_refuses_what_json_cannot_say():
     with pytest.raises(OutputError, match="column 'f' holds inf, which JSON has no number for"):
         written([pa.table({"f": [1.0, float("inf")]})], None, format="jsonl")

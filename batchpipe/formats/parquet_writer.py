@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchpipe.batch import Int64s, Records
-from batchpipe.convert import plain_schema
+from batchpipe.convert import CastError, cast_table, plain_schema
 from batchpipe.errors import OutputError
 from batchpipe.formats.compression import Sink, writable
 from batchpipe.job import OutputSpec
@@ -27,7 +27,11 @@ class ParquetWriter:
         self._schema = plain_schema(schema)
         self._waiting: list[pa.Table] = []
         self._rows = self._bytes = 0
-        self._writer = pq.ParquetWriter(writable(sink), self._schema, compression=spec.codec)
+        try:
+            self._writer = pq.ParquetWriter(writable(sink), self._schema, compression=spec.codec)
+        except pa.ArrowNotImplementedError as error:
+            msg = f"output.format parquet cannot hold the answers: {error}"
+            raise OutputError(msg, next="answer other columns, or state output.format: jsonl") from error
 
     def write(self, records: Records) -> None:
         """Take more records; at most a row group of them waits in memory."""
@@ -36,7 +40,10 @@ class ParquetWriter:
                 f"output.format parquet cannot hold answers of {records.content_type}",
                 next="answer a table, or state output.format: raw or jsonl",
             )
-        table = records.cast(self._schema)
+        try:
+            table = cast_table(records, self._schema)
+        except CastError as error:
+            raise OutputError(str(error)) from error
         filled = np.cumsum(record_bytes(table))
         self.records += len(table)
         start = 0

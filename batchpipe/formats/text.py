@@ -109,13 +109,14 @@ class TextRange:
         offset = self._range.start - is_guess
         if self._file.seekable():
             self._file.seek(offset)
-        buffer, scanned = b"", 0
+        buffer, scanned, is_start = b"", 0, True
         found_first = not is_guess
         while True:
             chunk = self._read(offset + scanned, scanned)
             buffer = buffer + chunk if buffer else chunk
-            if is_guess and not scanned:
+            if is_guess and is_start:
                 self._scanner.inside = self._scanner.starts_inside(buffer)
+            is_start = False
             ends = self._ends(buffer, scanned, offset, at_end=not chunk)
             if not found_first:
                 self.first = offset + int(ends[0]) if len(ends) else offset + len(buffer)
