@@ -23,6 +23,15 @@ from batchpipe.stages.http import HttpStage
 from batchpipe.stages.watcher import Watcher
 
 
+class StageRefused(Exception):
+    """What a stage did with a mini-batch breaks its contract, so that nothing more is sent to it."""
+
+    def __init__(self, sent: MiniBatch, why: InvocationFailed) -> None:
+        super().__init__(sent, why)
+        self.sent = sent
+        self.why = why
+
+
 class Chain:
     """The open stages of one worker and the event loop they run on. A context manager; closing it closes them."""
 
@@ -53,20 +62,18 @@ class Chain:
     ) -> Iterator[tuple[MiniBatch, Outcome]]:
         """Send mini-batches through all stages; yield each with its outcome, in the order they came in.
 
-        Ends early, without the rest, once `limit` is spent.
+        Ends early, without the rest, once `limit` is spent. Raises StageRefused.
         """
         in_flight: deque[tuple[MiniBatch, Future[Outcome]]] = deque()
         try:
             for batch in batches:
                 in_flight.append((batch, self._start(self._transform(batch, limit, stats))))
                 if len(in_flight) >= self.depth:
-                    sent, future = in_flight.popleft()
-                    yield sent, future.result()
+                    yield _result(*in_flight.popleft())
                 if limit.is_spent:
                     break
             while in_flight:
-                sent, future = in_flight.popleft()
-                yield sent, future.result()
+                yield _result(*in_flight.popleft())
         finally:
             for _, future in in_flight:
                 future.cancel()
@@ -110,6 +117,13 @@ class Chain:
             stage.close()
         with suppress(RuntimeError):  # the loop is closed already
             self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+def _result(sent: MiniBatch, future: "Future[Outcome]") -> tuple[MiniBatch, Outcome]:
+    try:
+        return sent, future.result()
+    except InvocationFailed as why:
+        raise StageRefused(sent, why) from why
 
 
 def _compose(before: Outcome, answer: Outcome) -> Outcome:

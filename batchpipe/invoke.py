@@ -73,7 +73,7 @@ async def invoke(
     """Send records to a stage and return what became of each one.
 
     At most about 2 x log2(n) invocations for each record that fails, and none once the limit is spent: the
-    records not tried then appear nowhere in the outcome.
+    records not tried then appear nowhere in the outcome. Raises InvocationFailed where the stage breaks its contract.
     """
     if limit.is_spent:
         return Outcome(None, NONE)
@@ -83,6 +83,8 @@ async def invoke(
         try:
             return _answered(await _attempt(stage, records, stats), len(records), stage.name, stats)
         except InvocationFailed as failure:
+            if failure.remedy is Remedy.NONE:
+                raise
             if failure.remedy is not Remedy.RETRY or attempts > max_retries:
                 why = failure
                 break

@@ -5,6 +5,7 @@ Also `run_chain`, the same chain without Dask or files, and the probe that prove
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from batchpipe import __version__
 from batchpipe.batch import MiniBatch, Origins, Records
-from batchpipe.chain import Chain, new_stats, open_chain
+from batchpipe.chain import Chain, StageRefused, new_stats, open_chain
 from batchpipe.convert import CastError, InputSchema, output_schema
 from batchpipe.errors import BatchpipeError, JobError, PoolError, RecordsFailedError, StageStartError
 from batchpipe.formats import FORMATS
@@ -60,6 +61,7 @@ def run_split(chain: Chain, split: Split, orders: Orders) -> SplitResult:
         open_piece(orders.place, split, schemas.output, keeps_empty=not schemas.is_proved) as piece,
         open_quarantine(orders.place, split) as quarantine,
         Source(split, orders, quarantine, limit) as source,
+        _naming_what_was_sent(source, split),
     ):
         batches = source.batches(as_tables=chain.takes_tables)
         for sent, outcome in chain.stream(batches, limit, stats):
@@ -79,6 +81,20 @@ def run_split(chain: Chain, split: Split, orders: Orders) -> SplitResult:
             write_s=write_s,
             seconds=time.perf_counter() - started,
         )
+
+
+@contextmanager
+def _naming_what_was_sent(source: Source, split: Split) -> Iterator[None]:
+    try:
+        yield
+    except StageRefused as refused:
+        why, origins = refused.why, refused.sent.origins
+        more = f" and the {len(origins) - 1:,} sent with it" if len(origins) > 1 else ""
+        raise RecordsFailedError(
+            f"{why.message} ({why.location})" if why.location else why.message,
+            where=f"{source.describe(origins)}{more}, in split {split.index}",
+            next="mend the stage, and add --restart: with other stages it is another run",
+        ) from why
 
 
 def _write(piece: Piece, outcome: Outcome, sent: MiniBatch, source: Source) -> None:
@@ -112,6 +128,7 @@ def probe(splits: tuple[Split, ...], orders: Orders) -> Schemas | SplitResult:
         with (
             open_quarantine(orders.place, split) as quarantine,
             Source(split, orders, quarantine, limit) as source,
+            _naming_what_was_sent(source, split),
         ):
             for batch in source.batches(as_tables=chain.takes_tables):
                 # One at a time: most often the first one tells, and a second one would be worked on for nothing.
@@ -162,11 +179,15 @@ def infer_input(splits: Iterable[Split], job: Job) -> InputSchema | None:
 def run_chain(job: Job, table: Records) -> Outcome:
     """Send records through the stages of a job, here and now, without Dask or files: for tests of stages.
 
-    Raises StageStartError or JobError where a stage cannot be opened; records that fail are in the outcome.
+    Raises StageStartError or JobError where a stage cannot be opened, RecordsFailedError where one breaks its
+    contract; records that fail are in the outcome.
     """
     batch = MiniBatch(table, Origins.of_range(0, 0, np.full(len(table), -1, np.int64)))
     with open_chain(job, StageContext("", 0, Path(), Path(), secrets_of(job)), None) as chain:
-        return next(outcome for _, outcome in chain.stream([batch], FailureLimit(None), new_stats()))
+        try:
+            return next(outcome for _, outcome in chain.stream([batch], FailureLimit(None), new_stats()))
+        except StageRefused as refused:
+            raise RecordsFailedError(refused.why.message, where=refused.why.location) from refused.why
 
 
 def _output_schema(job: Job, outcome: Outcome, sent: MiniBatch, split: Split) -> pa.Schema | None:

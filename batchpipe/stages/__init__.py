@@ -37,6 +37,7 @@ class Remedy(Enum):
     RETRY = "the same bytes again, later"
     SMALLER = "fewer records at once"
     ISOLATE = "nothing but finding the records that fail"
+    NONE = "nothing: the stage breaks its contract, and no record is to blame"
 
 
 class InvocationFailed(Exception):

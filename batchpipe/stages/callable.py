@@ -66,24 +66,28 @@ class CallableStage:
 
     def _split_result(self, result: Any, count: int) -> tuple[Any, Any]:
         if not (isinstance(result, tuple) and len(result) == 2):
-            raise self._nonsense(f"may_drop is set, so it must return (result, kept), not {_describe(result)}")
+            raise self._broken(f"must return (result, kept), as may_drop is set, not {_describe(result)}")
         kept = np.asarray(result[1])
         if kept.dtype != np.bool_ or kept.shape != (count,):
-            raise self._nonsense(
-                f"kept must be {count} booleans, one for each record sent, not {kept.dtype} of shape {kept.shape}"
-            )
+            have = f"{kept.dtype} of shape {kept.shape}"
+            raise self._broken(f"must return kept as {count} booleans, one for each record sent, not {have}")
         return result[0], kept
 
     def _answer(self, result: Any, count: int, kept: Any) -> Answer:
         expected = count if kept is None else int(kept.sum())
         try:
             records = convert.from_answer(result)
-        except (TypeError, ValueError) as error:
-            raise self._nonsense(str(error)) from error
+        except TypeError as error:
+            raise self._broken(str(error)) from error
+        except ValueError as error:  # values of no one type: halves may be of one each
+            raise InvocationFailed(
+                "ValueError", str(error), Remedy.ISOLATE, location=_defined_at(self._function)
+            ) from error
         if len(records) != expected:
-            raise self._wrong_answer(f"answered {len(records):,} records for {expected:,} sent")
+            what = "sent" if kept is None else "kept"
+            raise self._broken(f"answered {len(records):,} records for {expected:,} {what}")
         if kept is None and convert.index_was_reordered(result, count):
-            raise self._wrong_answer("returned a DataFrame whose index is in another order: answers go by place")
+            raise self._broken(f"answered {count:,} records with their index in another order: answers go by place")
         return Answer(records, kept)
 
     def _failed(self, error: Exception) -> InvocationFailed:
@@ -96,11 +100,10 @@ class CallableStage:
             traceback="".join(traceback.format_exception(error)),
         )
 
-    def _nonsense(self, message: str) -> InvocationFailed:
-        return InvocationFailed("TypeError", message, Remedy.ISOLATE, location=_defined_at(self._function))
-
-    def _wrong_answer(self, message: str) -> InvocationFailed:
-        return InvocationFailed("WrongAnswer", message, Remedy.ISOLATE, location=_defined_at(self._function))
+    def _broken(self, message: str) -> InvocationFailed:
+        """Halving would find no record to blame, and might find halves that pass by accident (G8)."""
+        text = f"stage {self.name!r} {message}"
+        return InvocationFailed("WrongAnswer", text, Remedy.NONE, location=_defined_at(self._function))
 
 
 def open_callable(stage: "StageSpec", job: "Job") -> CallableStage:
