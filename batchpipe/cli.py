@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -29,7 +29,12 @@ class Stopped(BaseException):
 
 def main() -> NoReturn:
     """Entry point: run the command line and exit with its code."""
-    sys.exit(run_command_line(sys.argv[1:]))
+    code = run_command_line(sys.argv[1:])
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Everything is released. To take Dask apart object by object would need longer than a small job's splits.
+    os._exit(code)
 
 
 def run_command_line(arguments: list[str]) -> int:
