@@ -89,7 +89,7 @@ class Stage(BaseHTTPRequestHandler):
         self.wfile.write(b"220 mail.example.org ESMTP\r\n")
         self.close_connection = True
 
-    def do_slow(self, body: bytes, content_type: str, seconds: str) -> None:
+    def do_slow(self, body: bytes, content_type: str, seconds: str, *_: str) -> None:
         time.sleep(float(seconds))
         self.answer(body, content_type)
 

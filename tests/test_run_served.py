@@ -1,0 +1,223 @@
+"""Jobs whose stages are servers, processes and containers, through the real command line: run, failed, killed."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.dataset as ds
+import pytest
+
+from tests import images
+from tests.jobs import Jobs, open_jobs, until
+from tests.opened_stage import SERVER
+
+HERE = Path(__file__).parent.parent
+Stage = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    """A folder of jobs; the engine, if there is one, is the one of the tests."""
+    with open_jobs(tmp_path / "jobs") as jobs:
+        jobs.environment |= {name: os.environ[name] for name in ("DOCKER_HOST",) if name in os.environ}
+        yield jobs
+
+
+@pytest.fixture(params=["process", "container"])
+def stage(request: pytest.FixtureRequest) -> Stage:
+    """Make a stage that runs the stage server, as a process and as a container."""
+    if request.param == "process":
+        return process_stage
+    image = images.stage_image(request.getfixturevalue("engine"))
+    return lambda name, **block: {"name": name, "container": {"image": image, **block}}
+
+
+@pytest.fixture
+def servers(request: pytest.FixtureRequest, jobs: Jobs, stage: Stage) -> Callable[[], list[str]]:
+    """The servers that this folder's runs started and that are still there."""
+    if stage is process_stage:
+        return lambda: [str(process.pid) for process in jobs.processes("stage_server.py")]
+    engine = request.getfixturevalue("engine")
+    # Every run of this file has its folder's name as its id.
+    return lambda: images.run(engine, "ps", "-aq", f"--filter=label=batchpipe.run={run_id(jobs)}").split()
+
+
+def process_stage(name: str, **block: Any) -> dict[str, Any]:
+    return {"name": name, "process": {"command": SERVER, **block}}
+
+
+def run_id(jobs: Jobs) -> str:
+    return jobs.folder.parent.name
+
+
+def write_job(jobs: Jobs, stages: list[dict[str, Any]], *rows: str, **blocks: Any) -> Path:
+    """A job that sends these rows, one a request, and writes the answers as they are."""
+    jobs.write("in/a.csv", "".join(f"{row}\n" for row in rows))
+    blocks = {"batch": {"max_records": 1, "max_concurrent_transforms": 4}, **blocks}
+    return jobs.job(stages, input={"uri": "in", "header": False}, output={"uri": "out", "format": "raw"}, **blocks)
+
+
+def answers(jobs: Jobs) -> list[str]:
+    return [line for path in jobs.parts() for line in path.read_text().splitlines()]
+
+
+def test_fifteen_stages_in_a_chain(jobs: Jobs):
+    rows = [f"{i},x" for i in range(200)]
+    stages = [process_stage(f"s{number}") for number in range(15)]
+
+    result = jobs.run("run", write_job(jobs, stages, *rows, batch={"max_concurrent_transforms": 4}), timeout=100)
+
+    assert result.code == 0, result.err
+    assert answers(jobs) == rows
+    assert jobs.is_released()
+
+
+def test_G5_servers_stop_with_the_run_and_their_logs_are_kept(
+    jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]
+):
+    result = jobs.run(
+        "run", write_job(jobs, [stage("first"), stage("second")], "1", "!log hello", "3"), "--run-id", run_id(jobs)
+    )
+
+    assert result.code == 0, result.err
+    assert answers(jobs) == ["1", "!log hello", "3"]
+    assert not servers()
+    assert jobs.is_released()
+    assert "hello" in jobs.hidden("*/logs/second.log")[0].read_text()
+
+
+def test_stage_that_does_not_start_ends_the_run_with_4_at_once(
+    jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]
+):
+    stages = [
+        stage("fine"),
+        stage("broken", environment={"STAGE_EXIT": "3"}),
+        stage("slow", environment={"STAGE_PING": "503"}),
+    ]
+
+    result = jobs.run("run", write_job(jobs, stages, "1"), "--run-id", run_id(jobs))
+
+    assert result.code == 4
+    assert "stage 'broken' did not start: " in result.err
+    assert "exited with code 3 after" in result.err
+    assert "log:   no model for None" in result.err
+    assert not servers()
+    assert jobs.is_released()
+
+
+def test_stage_that_is_gone_ends_the_run_with_4(jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]):
+    job = write_job(jobs, [stage("model")], "1", "2", "!exit 5", compute={"workers": 1})
+
+    result = jobs.run("run", job, "--run-id", run_id(jobs))
+
+    assert result.code == 4, result.err
+    assert "stage 'model' is gone: " in result.err
+    assert "exited with code 5" in result.err
+    assert not servers()
+
+
+def test_failing_record_is_quarantined_and_the_others_are_written(jobs: Jobs):
+    job = write_job(jobs, [process_stage("model")], "1", "!status 400", "3", on_error={"max_failed_records": 1})
+
+    result = jobs.run("run", job)
+
+    assert result.code == 0, result.err
+    assert answers(jobs) == ["1", "3"]
+    assert "HTTP 400 in model" in result.out
+
+
+def test_server_that_fails_now_and_then_is_asked_again(jobs: Jobs):
+    result = jobs.run("run", write_job(jobs, [process_stage("model")], "1", "!flaky a 2", "3"))
+
+    assert result.code == 0, result.err
+    assert answers(jobs) == ["1", "!flaky a 2", "3"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_G5_interrupted_run_leaves_no_server(
+    jobs: Jobs, stage: Stage, servers: Callable[[], list[str]], number: int, code: int
+):
+    run = jobs.start("run", write_job(jobs, [stage("model")], *["!slow 1"] * 40), "--run-id", run_id(jobs))
+    until(servers, 30)
+
+    run.send_signal(number)
+
+    assert run.wait(20) == code
+    assert not servers()
+    assert jobs.is_released()
+
+
+def test_G5_killed_driver_leaves_no_server(jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]):
+    run = jobs.start("run", write_job(jobs, [stage("a"), stage("b")], *["!slow 1"] * 40), "--run-id", run_id(jobs))
+    until(lambda: len(servers()) == 2, 30)
+
+    run.kill()
+
+    until(lambda: not servers() and jobs.is_released())
+
+
+def test_G5_killed_worker_loses_its_servers_and_the_run_goes_on(
+    jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]
+):
+    rows = [f"!slow 0.1 {i}" for i in range(100)]
+    job = write_job(jobs, [stage("model")], *rows, compute={"workers": 2}, batch={"max_records": 1, "split_mb": 0.0001})
+    run = jobs.start("run", job, "--run-id", run_id(jobs))
+    until(lambda: len(servers()) == 2, 30)
+    first = set(servers())
+
+    workers(jobs)[0].kill()
+
+    until(lambda: len(first & set(servers())) == 1)
+    _, err = run.communicate(timeout=90)
+    assert run.returncode == 0, err
+    assert answers(jobs) == rows
+    assert not servers()
+
+
+def test_four_workers_with_three_stages_each(jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]):
+    rows = [f"!slow 0.02 {i}" for i in range(60)]
+    stages = [stage(name) for name in ("a", "b", "c")]
+    job = write_job(jobs, stages, *rows, compute={"workers": 4}, batch={"max_records": 1, "split_mb": 0.0001})
+
+    result = jobs.run("run", job, "--run-id", run_id(jobs), timeout=110)
+
+    assert result.code == 0, result.err
+    assert answers(jobs) == rows
+    assert not servers()
+    assert jobs.is_released()
+
+
+def workers(jobs: Jobs) -> list[psutil.Process]:
+    return jobs.processes("batchpipe.worker")
+
+
+def test_container_that_runs_out_of_memory_ends_the_run_with_4(jobs: Jobs, engine: str):
+    stage = {"name": "model", "container": {"image": images.stage_image(engine), "memory_mb": 64}}
+
+    result = jobs.run("run", write_job(jobs, [stage], "!eat 500", compute={"workers": 1}))
+
+    assert result.code == 4, result.err
+    assert "exited with code 137 (out of memory, limit 64 MB)" in result.err
+    assert "stages.model.container.memory_mb=128" in result.err
+
+
+def test_flight_delays_as_images_answers_as_the_callables_do(jobs: Jobs, engine: str):
+    base = images.job_base_image(engine)
+    for name in ("features", "model", "decide"):
+        images.build(engine, f"flight-delays-{name}", HERE, f"jobs/flight_delays/Dockerfile.{name}", BASE=base)
+
+    for name in ("flight_delays", "flight_delays_containers"):
+        result = jobs.run(
+            "run", HERE / "jobs" / f"{name}.yaml", "--set", f"output.uri={jobs.folder / name}", timeout=110
+        )
+        assert result.code == 0, result.err
+
+    tables = [
+        ds.dataset(jobs.folder / name, format="parquet", exclude_invalid_files=False).to_table()
+        for name in ("flight_delays", "flight_delays_containers")
+    ]
+    assert tables[0].num_rows > 30_000
+    assert tables[0].equals(tables[1])
