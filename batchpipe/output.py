@@ -37,7 +37,7 @@ from batchpipe.runs import (
     without_type,
 )
 from batchpipe.split import InputObject
-from batchpipe.storage import Lock, ObjectExistsError, Pending, Store, join, open_store, relative
+from batchpipe.storage import Lock, ObjectExistsError, Pending, PendingLostError, Store, join, open_store, relative
 
 PUBLISHERS = 8
 LOCK_POLL_S = 0.5
@@ -74,7 +74,7 @@ class Output:
     def replay(self) -> list[SplitResult]:
         """Settled splits of earlier starts whose pieces are still there; what nobody journaled is discarded."""
         present = {key(pending): pending for pending in iter_pending(self.store, self.folder)}
-        settled = []
+        settled, has_begun = list[SplitResult](), False
         for entry in self.journal.replay():
             match entry["type"]:
                 case "start":
@@ -82,12 +82,18 @@ class Output:
                 case "schema":
                     self.schemas = entry
                 case "commit":
-                    self.is_committed = True
+                    self.is_committed = has_begun = True
+                case "lost":
+                    self.is_committed = False
+                    settled = [each for each in settled if not each.piece or key_of(each.piece) not in entry["pieces"]]
+                    self.assembled = {
+                        each: one for each, one in self.assembled.items() if key_of(one["piece"]) not in entry["pieces"]
+                    }
                 case "split":
                     settled.append(SplitResult.from_json(without_type(entry)))
                 case "assembled":
                     self.assembled[entry["object"]] = entry
-        if not self.is_committed:
+        if not has_begun:
             apart = {found.uri for found in self.store.iter_folder(self.folder / "pieces")}
             settled = [
                 result
@@ -159,8 +165,11 @@ class Output:
         self.journal.flush()
         self.lock.renew()
         replaces = self._versions_to_replace()
+        lost: list[str] = []
         with ThreadPoolExecutor(PUBLISHERS, thread_name_prefix="publish") as threads:
-            parts = list(threads.map(lambda line: self._publish_one(line, replaces), self._lines()))
+            parts = list(threads.map(lambda line: self._publish_one(line, replaces, lost), self._lines()))
+        if lost:
+            raise self._lost(lost)
         table = self._write_table("parts.jsonl", (part for part in parts if part), lambda part: part.bytes)
         listed = self._write_table("inputs.jsonl", input_rows, lambda row: row.bytes)
         manifest = manifest.model_copy(update={"parts": table, "inputs": listed, "finished": _now()})
@@ -188,13 +197,16 @@ class Output:
             elif joined["splits"][0] == split:
                 yield joined
 
-    def _publish_one(self, line: dict[str, Any], replaces: dict[str, str]) -> Part | None:
+    def _publish_one(self, line: dict[str, Any], replaces: dict[str, str], lost: list[str]) -> Part | None:
         if line["piece"] is None:
             return None
         pending = Pending.from_json(line["piece"])
         name = relative(pending.uri, self.folder.root)
         try:
             self.store.publish(pending, replaces=replaces.get(pending.uri))
+        except PendingLostError:
+            lost.append(key(pending))
+            return None
         except ObjectExistsError as error:
             raise OutputError(
                 f"cannot publish {name!r}: the output holds an object of that name, which this run did not make",
@@ -202,6 +214,15 @@ class Output:
                 next="move it away and run the same command again: it finishes what it has begun to publish",
             ) from error
         return Part(uri=name, records=line["written"], bytes=pending.size, sha256=pending.sha256, splits=line["splits"])
+
+    def _lost(self, pieces: list[str]) -> OutputError:
+        """Take pieces back that are gone: the next start makes them anew, and then publishes the rest."""
+        self.journal.append("lost", pieces=pieces)
+        return OutputError(
+            f"somebody removed {len(pieces):,} of the pending pieces before they were published",
+            where=clean_uri(self.folder.root),
+            next="run the same command again: it makes them anew and keeps the rest; see the bucket's lifecycle rules",
+        )
 
     def _versions_to_replace(self) -> dict[str, str]:
         """Under mirror and replace: the objects of the old manifest that are overwritten in place, at their version."""
