@@ -22,21 +22,22 @@ class Proxy(socketserver.ThreadingTCPServer):
         self.may_pass: Callable[[bytes], bool] = lambda _: True
         self.answered: Callable[[bytes], None] = lambda _: None
 
-    def pass_completions(self, count: int, then: Callable[[], object]) -> None:
-        """Let so many uploads be completed. When their answers have been handed back and one more comes, act."""
+    def after_completions(self, count: int, act: Callable[[], bool]) -> None:
+        """When so many uploads have been completed, act before another is; `act` says whether the others may be."""
         taking, answers = threading.Lock(), threading.Semaphore(0)
-        left = [count]
+        seen: list[bool] = []
 
         def may_pass(line: bytes) -> bool:
             if not is_completion(line):
                 return True
             with taking:
-                left[0] -= 1
-                if left[0] == -1:
+                if len(seen) == count:
                     for _ in range(count):
                         answers.acquire(timeout=30)
-                    then()
-                return left[0] >= 0
+                    seen.append(act())
+                elif len(seen) < count:
+                    seen.append(True)
+                return seen[-1]
 
         self.may_pass = may_pass
         self.answered = lambda line: answers.release() if is_completion(line) else None
