@@ -99,7 +99,7 @@ class WorkerProcesses:
         for worker in reversed(self._workers):
             with contextlib.suppress(OSError):
                 if text := worker.log.read_text(errors="replace").strip():
-                    return text[-1500:]
+                    return _crash(text) or text[-1500:]
         return ""
 
     def stop(self) -> None:
@@ -148,6 +148,14 @@ class WorkerProcesses:
                 self._closing.set()
                 return
             self._workers[place] = self._start_one(place)
+
+
+def _crash(text: str) -> str:
+    """What faulthandler printed last: the signal, and the innermost calls of the thread that it hit. Empty: nothing."""
+    _, fatal, dump = text.rpartition("Fatal Python error: ")
+    _, current, calls = dump.partition("Current thread ")
+    frames = [line for line in calls.splitlines()[1:] if line.startswith("  File ")]
+    return "\n".join([fatal + dump.splitlines()[0], *frames[:8]]) if fatal and current else ""
 
 
 def available_cores() -> int:

@@ -1,0 +1,192 @@
+"""Bad input gets a clear answer, never a traceback: each exit code with the text that says what to do."""
+
+import gzip
+import io
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.jobs import ECHO, Jobs, csv_rows, open_jobs
+
+STAGES = """
+import os, signal
+from pathlib import Path
+import pandas as pd
+
+def no_57(frame: pd.DataFrame):
+    assert 57 not in set(frame.n), "no 57"
+    return frame
+
+def appends(frame: pd.DataFrame):
+    with open(Path(__file__).parent / "in" / "a.csv", "a") as file:
+        file.write("9,x" + chr(10))
+    return frame
+
+def dies(frame: pd.DataFrame):
+    if frame.n.min() > 0:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return frame
+
+def head(frame: pd.DataFrame):
+    return frame.head(5)
+
+class Broken:
+    def __init__(self):
+        raise FileNotFoundError("model.bin")
+    def __call__(self, frame):
+        return frame
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    with open_jobs(tmp_path) as jobs:
+        jobs.write("stages.py", ECHO + STAGES)
+        yield jobs
+
+
+def parquet(rows: int) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"n": range(rows)}), sink)
+    return sink.getvalue()
+
+
+CASES: dict[str, tuple[str, bytes | str, dict[str, Any], int, list[str]]] = {
+    "nothing matches": ("other/a.csv", "", {}, 3, ["no input object matches 'in'", "input.allow_empty: true accepts"]),
+    "output inside input": ("in/a.csv", "n\n1\n", {"output": {"uri": "in/out"}}, 2, ["'in/out' lies inside the input"]),
+    "no module": ("in/a.csv", "n\n1\n", {"stages": "gone:echo"}, 2, ["No module named 'gone'", "where: looked in"]),
+    "no attribute": ("in/a.csv", "n\n1\n", {"stages": "stages:ecko"}, 2, ["has no 'ecko'; did you mean 'echo'?"]),
+    "constructor": (
+        *("in/a.csv", "n\n1\n", {"stages": "stages:Broken"}, 4),
+        ["stage 'Broken' did not start: FileNotFoundError: model.bin", "stages.py:30 in __init__"],
+    ),
+    "ragged row": (
+        *("in/a.csv", csv_rows(10) + "1,2,3\n", {}, 5),
+        ["stage 'read' failed for 1 record, 0 allowed: Unparsable: has 3 fields, the header has 2", "line 12, byte 87"],
+    ),
+    "bad JSON line": (
+        *("in/a.jsonl", '{"n": 1}\n{"n": 2\n{"n": 3}\n', {"input": {"uri": "in", "format": "jsonl"}}, 5),
+        ["Unparsable: is not JSON: ", "where: in/a.jsonl, line 2, byte 9"],
+    ),
+    "truncated Parquet": (
+        *("in/a.parquet", parquet(1000)[:-40], {"input": {"uri": "in", "format": "parquet"}}, 3),
+        ["cannot read 'in/a.parquet' as Parquet", "the object is truncated, corrupt or of another format"],
+    ),
+    "truncated gzip": (
+        *("in/a.csv.gz", gzip.compress(csv_rows(10_000).encode())[:-300], {}, 3),
+        ["cannot read 'in/a.csv.gz': its gzip data are truncated or corrupt", "write the object again"],
+    ),
+    "changed while read": (
+        *("in/a.csv", csv_rows(100), {"stages": "stages:appends"}, 3),
+        ["cannot read 'in/a.csv': it changed since it was listed", "wait until nobody writes it"],
+    ),
+    "short answer": (
+        *("in/a.csv", csv_rows(100), {"stages": "stages:head"}, 5),
+        ["stage 'head' answered 5 records for 100 sent (stages.py:", "and the 99 sent with it, in split 0"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_told_with_its_exit_code(jobs: Jobs, case: str):
+    name, content, blocks, code, texts = CASES[case]
+    jobs.write(name, content)
+
+    ran = jobs.run("run", jobs.job(**blocks))
+
+    assert ran.code == code, ran.err
+    assert [text for text in texts if text not in ran.err] == [], ran.err
+    assert "Traceback" not in ran.err
+    assert ran.out == ""
+    assert jobs.is_released()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "job.yaml: there is no such job file"),
+        ("input: {uri: in}\nstages: []\noutput: {uri: out, formatt: csv}\n", "unknown key; did you mean 'format'?"),
+        ("input: {uri: [3]}\nstages: [{callable: 'a:b'}]\noutput: {uri: out}\n", "job.yaml:1: input.uri"),
+    ],
+)
+def test_a_wrong_job_file_is_2_and_names_the_place(jobs: Jobs, content: str | None, text: str):
+    if content is not None:
+        jobs.write("job.yaml", content)
+
+    ran = jobs.run("run", "job.yaml")
+
+    assert (ran.code, text in ran.err) == (2, True), ran.err
+
+
+def test_an_error_is_one_json_object_where_asked_for(jobs: Jobs):
+    ran = jobs.run("run", jobs.job(), "--json")
+
+    document = json.loads(ran.out)
+    assert (ran.code, document["exit_code"]) == (3, 3)
+    assert document["error"].startswith("no input object matches ")
+    assert "error: no input object matches 'in'" in ran.err
+
+
+def test_a_failed_record_is_named_and_can_be_allowed_by_the_command_that_the_error_names(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(100))
+    refused = jobs.run("run", jobs.job("stages:no_57", batch={"split_mb": 0.0002}))
+
+    assert refused.code == 5
+    assert "error: stage 'no_57' failed for 1 record, 0 allowed: AssertionError: no 57 (stages.py:" in refused.err
+    assert "where: in/a.csv, line 59, byte 557; kept in out/_batchpipe/" in refused.err
+    assert re.search(r"allow it and resume, \d of 5 splits are kept: batchpipe run job.yaml --set ", refused.err)
+    advised = refused.err.partition("are kept: batchpipe ")[2].split()
+    allowed = jobs.run(*advised)
+
+    assert allowed.code == 0, allowed.err
+    assert "99 written + 1 quarantined + 0 dropped" in allowed.out
+    (quarantine,) = jobs.hidden("*/quarantine/*.jsonl")
+    kept = pd.read_json(quarantine, lines=True).iloc[0]
+    assert (kept.stage, kept.offset, json.loads(kept.payload)) == ("no_57", 557, {"n": 57, "text": "row 57"})
+    assert jobs.run("verify", jobs.out).code == 0
+
+
+def test_a_budget_of_records_that_is_exceeded_is_5_again(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(60) + csv_rows(60, 57).partition("\n")[2])
+
+    ran = jobs.run("run", jobs.job("stages:no_57", on_error={"max_failed_records": 1}))
+
+    assert (ran.code, "failed for 2 records, 1 allowed" in ran.err) == (5, True), ran.err
+
+
+def test_a_stage_that_kills_its_worker_again_and_again_ends_the_run_with_6_and_shows_where(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(100))
+
+    ran = jobs.run("run", jobs.job("stages:dies", batch={"split_mb": 0.0002}))
+
+    assert ran.code == 6, ran.err
+    assert "log:   Fatal Python error: Segmentation fault" in ran.err
+    assert "the same command again resumes the run" in ran.err
+    assert len(ran.err) < 4000
+    assert jobs.is_released()
+
+
+def test_a_full_disk_is_7_and_the_run_resumes_when_there_is_room(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(20_000))
+    jobs.out.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=480k", "tmpfs", jobs.out], check=True)
+    try:
+        full = jobs.run("run", jobs.job(batch={"split_mb": 0.05}))
+        subprocess.run(["mount", "-o", "remount,size=4m", jobs.out], check=True)
+        resumed = jobs.run("run", jobs.job(batch={"split_mb": 0.05}))
+        written = len(jobs.records())
+    finally:
+        subprocess.run(["umount", jobs.out], check=True)
+
+    assert (full.code, "no space left on the device" in full.err) == (7, True), full.err
+    assert "free some space there, then run the same command again: it resumes" in full.err
+    assert (resumed.code, written) == (0, 20_000), resumed.err
+    assert "kept=0" not in resumed.err
