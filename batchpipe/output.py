@@ -27,6 +27,7 @@ from batchpipe.runs import (
     PieceSpool,
     RunFolder,
     discard_all_but,
+    discard_each,
     discard_run,
     iter_pending,
     key,
@@ -39,7 +40,7 @@ from batchpipe.runs import (
 from batchpipe.split import InputObject
 from batchpipe.storage import Lock, ObjectExistsError, Pending, PendingLostError, Store, join, open_store, relative
 
-PUBLISHERS = 8
+PUBLISHERS = 16
 LOCK_POLL_S = 0.5
 SWEEP_S = 30.0
 """How long the sweep of a killed run is waited for: who starts it again at once does not want to hear of it."""
@@ -174,8 +175,7 @@ class Output:
         listed = self._write_table("inputs.jsonl", input_rows, lambda row: row.bytes)
         manifest = manifest.model_copy(update={"parts": table, "inputs": listed, "finished": _now()})
         self.store.put(self.folder.manifest, manifest.model_dump_json(indent=2).encode() + b"\n")
-        for left in iter_pending(self.store, self.folder):  # what workers wrote that were lost
-            self.store.discard(left)
+        discard_each(self.store, iter_pending(self.store, self.folder))  # what workers wrote that were lost
         self._remove_replaced(manifest)
         self._remove_journal()
         self.manifest = with_dataset(manifest, self.store, self.folder.root, self.job.output.storage_options)
@@ -251,8 +251,9 @@ class Output:
             self.store.remove_folder(join(self.folder.root, HIDDEN, self.replaced.run_id))
 
     def _remove_journal(self) -> None:
-        for name in ("journal", "pending", "pieces"):
-            self.store.remove_folder(self.folder / name)
+        folders = [self.folder / name for name in ("journal", "pending", "pieces")]
+        with ThreadPoolExecutor(len(folders), thread_name_prefix="remove") as threads:
+            list(threads.map(self.store.remove_folder, folders))
 
 
 @contextmanager

@@ -7,7 +7,9 @@ import json
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from batchpipe.storage import Pending, Store, join, relative
 
 OUR_NAMES = re.compile(rf"{HIDDEN}/.*|part-(.+-)?\d{{8}}\.\w+(\.\w+)?|.+\.out(\.\w+)?", re.DOTALL)
 """Paths that pieces go to, as `Place.piece_uri` and `quarantine_uri` make them; the parts of Spark look otherwise."""
+
+DISCARDERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +63,22 @@ def sweep_run(store: Store, folder: RunFolder) -> None:
 
 def discard_run(store: Store, folder: RunFolder) -> None:
     """Drop an unfinished run: its pending pieces, its journal, its quarantine."""
-    for pending in iter_pending(store, folder):
-        store.discard(pending)
+    discard_each(store, iter_pending(store, folder))
     store.remove_folder(folder.uri)
 
 
 def discard_all_but(store: Store, present: Mapping[str, Pending], pieces: Iterable[dict[str, Any]]) -> None:
     """Discard what is present and not among the journaled pieces."""
-    for lost in present.keys() - {key_of(piece) for piece in pieces}:
-        store.discard(present[lost])
+    unnamed = present.keys() - {key_of(piece) for piece in pieces}
+    discard_each(store, (present[each] for each in unnamed))
+
+
+def discard_each(store: Store, pieces: Iterable[Pending]) -> None:
+    """Discard many pending pieces, some at the same time."""
+    waiting = iter(pieces)
+    with ThreadPoolExecutor(DISCARDERS, thread_name_prefix="discard") as threads:
+        while some := list(islice(waiting, 100 * DISCARDERS)):
+            list(threads.map(store.discard, some))
 
 
 def without_type(entry: dict[str, Any]) -> dict[str, Any]:
