@@ -7,7 +7,7 @@ the `Manifest` is what a reader of the output starts from (G2), and its JSON Sch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
@@ -97,8 +97,19 @@ class StageStats:
     seconds: float = 0.0
 
     def __add__(self, other: StageStats) -> StageStats:
-        mine, theirs = asdict(self), asdict(other)
-        return StageStats(**{name: mine[name] + theirs[name] for name in mine})
+        return StageStats(
+            self.invocations + other.invocations,
+            self.records + other.records,
+            self.answered + other.answered,
+            self.failed + other.failed,
+            self.dropped + other.dropped,
+            self.seconds + other.seconds,
+        )
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """A slotted dataclass as a mapping. Not `asdict`, which copies every value in depth."""
+    return {name: getattr(record, name) for name in record.__slots__}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +138,12 @@ class SplitResult:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `from_json` reads it back."""
-        return asdict(self)
+        return {
+            **_fields(self),
+            "ranges": [{**_fields(result), "accounts": _fields(result.accounts)} for result in self.ranges],
+            "failures": [_fields(failure) for failure in self.failures],
+            "stages": {name: _fields(stats) for name, stats in self.stages.items()},
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SplitResult:
