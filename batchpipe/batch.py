@@ -34,6 +34,13 @@ class ByteRecords:
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(records) else ends
         return cls(memoryview(b"".join(records)), starts, ends, content_type)
 
+    @classmethod
+    def concat(cls, parts: Sequence["ByteRecords"]) -> "ByteRecords":
+        """One after the other, in one buffer."""
+        ends = np.cumsum(np.concatenate([part.ends - part.starts for part in parts]), dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
+        return cls(memoryview(b"".join(part.body() for part in parts)), starts, ends, parts[0].content_type)
+
     def __len__(self) -> int:
         return len(self.starts)
 
@@ -76,8 +83,8 @@ Records: TypeAlias = ByteRecords | pa.Table
 
 def slice_records(records: Records, start: int, stop: int) -> Records:
     """Records start..stop-1, without copying them."""
-    length = stop if isinstance(records, ByteRecords) else stop - start
-    return records.slice(start, length)
+    end = stop - start if isinstance(records, pa.Table) else stop  # Arrow wants a length
+    return records.slice(start, end)
 
 
 def take_records(records: Records, indices: Int64s) -> Records:
@@ -89,13 +96,9 @@ def concat_records(parts: Sequence[Records]) -> Records:
     """Records of one kind, one after the other. Bytes are copied into one buffer, tables are chunked."""
     if len(parts) == 1:
         return parts[0]
-    tables = [part for part in parts if isinstance(part, pa.Table)]
-    if tables:
-        return pa.concat_tables(tables)
-    slices = [part for part in parts if isinstance(part, ByteRecords)]
-    ends = np.cumsum(np.concatenate([part.ends - part.starts for part in slices]), dtype=np.int64)
-    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
-    return ByteRecords(memoryview(b"".join(part.body() for part in slices)), starts, ends, slices[0].content_type)
+    if isinstance(parts[0], pa.Table):
+        return pa.concat_tables([part for part in parts if isinstance(part, pa.Table)], promote_options="permissive")
+    return type(parts[0]).concat([part for part in parts if not isinstance(part, pa.Table)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from batchpipe.invoke import FailedRecord, FailureLimit, Outcome, invoke
 from batchpipe.job import Job
 from batchpipe.manifest import StageStats
 from batchpipe.stages import InvocationFailed, OpenStage, StageContext, open_stage
+from batchpipe.stages.callable import CallableStage
 from batchpipe.stages.http import HttpStage
 from batchpipe.stages.watcher import Watcher
 
@@ -159,7 +161,11 @@ def open_chain(job: Job, context: StageContext, watcher: Watcher | None) -> Chai
                 future.result().close()
         loop.call_soon_threadsafe(loop.stop)
         raise first
-    return Chain([future.result() for future in opening], [stage.invocations_max_retries for stage in job.stages], loop)
+    stages = [future.result() for future in opening]
+    for stage, following in pairwise(stages):
+        if isinstance(stage, CallableStage) and isinstance(following, CallableStage):
+            stage.hands_on_frames = following.takes_frames
+    return Chain(stages, [stage.invocations_max_retries for stage in job.stages], loop)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

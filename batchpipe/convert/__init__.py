@@ -8,6 +8,7 @@ from batchpipe.convert.answers import from_answer, index_was_reordered
 from batchpipe.convert.arguments import Kind, to_argument, to_dataframe, wanted
 from batchpipe.convert.cast import CastError, cast_table, output_schema
 from batchpipe.convert.csv import CsvDialect, csv_can_hold, csv_to_table, infer_csv
+from batchpipe.convert.frames import FrameRecords
 from batchpipe.convert.jsonl import infer_jsonl, jsonl_can_hold, jsonl_to_table
 from batchpipe.convert.parsed import BadRecord, Parsed
 from batchpipe.convert.schema import Column, Field, InputSchema, NoCommonTypeError, plain_schema, widen_fields
@@ -18,6 +19,7 @@ __all__ = [
     "Column",
     "CsvDialect",
     "Field",
+    "FrameRecords",
     "InputSchema",
     "Kind",
     "NoCommonTypeError",

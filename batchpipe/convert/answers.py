@@ -5,12 +5,13 @@ Everything with columns becomes a table with plain types and no metadata; one va
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 
 from batchpipe.batch import ByteRecords, Records
+from batchpipe.convert.frames import FrameRecords
 from batchpipe.convert.schema import plain_schema
 
 SINGLE = "prediction"
@@ -22,8 +23,10 @@ _KINDS = (
 )
 
 
-def from_answer(answer: Any) -> Records:
+def from_answer(answer: Any, *, keeps_frame: bool = False) -> Records:
     """Return what a callable answered as records, one for each of the answer's.
+
+    ``keeps_frame`` is for a next callable that takes DataFrames: a DataFrame then stays one (`FrameRecords`).
 
     Raises TypeError for what is no answer (None, text, a number) and ValueError for one that is broken
     (columns of different lengths, mixed types), both without the stage's name: the caller knows it.
@@ -31,6 +34,8 @@ def from_answer(answer: Any) -> Records:
     if isinstance(answer, pa.Table | pa.RecordBatch):
         table = answer if isinstance(answer, pa.Table) else pa.Table.from_batches([answer])
     elif (frame := _as_frame(answer)) is not None:
+        if keeps_frame:
+            return cast("Records", _as_records(frame))
         table = _from_pandas(frame)
     elif isinstance(answer, ByteRecords):
         return answer
@@ -76,11 +81,21 @@ def _as_frame(answer: Any, *, or_series: bool = False) -> Any:
     return None
 
 
-def _from_pandas(frame: Any) -> pa.Table:
+def _as_records(frame: Any) -> FrameRecords:
+    _names_of(frame)
+    return FrameRecords.of(frame)
+
+
+def _names_of(frame: Any) -> list[str]:
     names = [str(name) for name in frame.columns]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise ValueError(f"returned a DataFrame with column {repeated[0]!r} twice")
+    return names
+
+
+def _from_pandas(frame: Any) -> pa.Table:
+    names = _names_of(frame)
     arrays = []
     for place, name in enumerate(names):
         try:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from batchpipe.batch import ByteRecords, Records
+from batchpipe.convert.frames import FrameRecords
 from batchpipe.convert.schema import Column
 
 if TYPE_CHECKING:
@@ -86,23 +87,33 @@ def _kind_of_text(annotation: str) -> Kind | None:
     return {"bytes": Kind.BODY, "list[bytes]": Kind.LIST, "List[bytes]": Kind.LIST}.get(text)
 
 
-def to_argument(records: Records, kind: Kind) -> Any:
+def to_argument(records: "Records | FrameRecords", kind: Kind) -> Any:
     """Return the records as ``kind``. Raises TypeError where they are of the other sort, tables or bytes."""
-    if isinstance(records, ByteRecords):
-        if kind is Kind.BODY:
-            return bytes(records.body())
-        if kind in (Kind.LIST, Kind.UNSTATED):
-            return records.to_list()
-        raise TypeError(f"asks for {kind.value}, but the records are bytes ({records.content_type}), without columns")
-    if kind in (Kind.DATAFRAME, Kind.UNSTATED):
-        return to_dataframe(records)
-    if kind is Kind.TABLE:
-        return records
-    if kind is Kind.ARRAYS:
-        return {name: _to_array(records.column(name), name) for name in records.column_names}
-    if kind is Kind.DICTS:
-        return records.to_pylist()
-    raise TypeError(f"asks for {kind.value}, but the records are a table of {', '.join(records.column_names)}")
+    if isinstance(records, FrameRecords):
+        # A shallow copy: what the callable changes in it must not be seen by a later attempt with the same records.
+        return records.frame.copy(deep=False)
+    return _of_bytes(records, kind) if isinstance(records, ByteRecords) else _of_table(records, kind)
+
+
+def _of_bytes(records: ByteRecords, kind: Kind) -> Any:
+    if kind is Kind.BODY:
+        return bytes(records.body())
+    if kind in (Kind.LIST, Kind.UNSTATED):
+        return records.to_list()
+    raise TypeError(f"asks for {kind.value}, but the records are bytes ({records.content_type}), without columns")
+
+
+def _of_table(table: pa.Table, kind: Kind) -> Any:
+    match kind:
+        case Kind.DATAFRAME | Kind.UNSTATED:
+            return to_dataframe(table)
+        case Kind.TABLE:
+            return table
+        case Kind.ARRAYS:
+            return {name: _to_array(table.column(name), name) for name in table.column_names}
+        case Kind.DICTS:
+            return table.to_pylist()
+    raise TypeError(f"asks for {kind.value}, but the records are a table of {', '.join(table.column_names)}")
 
 
 def to_dataframe(table: pa.Table) -> "pd.DataFrame":

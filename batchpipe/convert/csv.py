@@ -4,10 +4,10 @@ What Arrow's parser would let pass silently is told from its count of rows: a ca
 an unclosed quote that swallows the next.
 """
 
+import re
 from dataclasses import dataclass
 from typing import IO, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
@@ -16,7 +16,7 @@ from batchpipe.convert.parsed import BadRecord, Parsed, UnparsedError, fitting_t
 from batchpipe.convert.schema import Field, InputSchema
 from batchpipe.job import InputSpec
 
-_NEWLINE, _RETURN = 10, 13
+_LONE_RETURN = re.compile(rb"\r(?!\n)")
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,4 @@ def _convert_options(
 
 def _has_lone_return(body: memoryview) -> bool:
     """Whether a carriage return stands alone, which Arrow's parser takes for a line end where it is outside quotes."""
-    view = np.frombuffer(body, np.uint8)
-    returns = np.flatnonzero(view == _RETURN)
-    if not len(returns):
-        return False
-    followers = view[np.minimum(returns + 1, len(view) - 1)]
-    return bool((followers != _NEWLINE).any())
+    return _LONE_RETURN.search(body) is not None

@@ -39,6 +39,9 @@ class CallableStage:
         self.name = name
         self.concurrency = threads._max_workers  # the executor has no public word for it
         self.takes_table = kind.is_tabular
+        self.takes_frames = kind in (convert.Kind.DATAFRAME, convert.Kind.UNSTATED)
+        self.hands_on_frames = False
+        """Set where the next stage takes DataFrames too: they then pass from one to the other as they are."""
         self._function = function
         self._kind = kind
         self._may_drop = may_drop
@@ -76,7 +79,7 @@ class CallableStage:
     def _answer(self, result: Any, count: int, kept: Any) -> Answer:
         expected = count if kept is None else int(kept.sum())
         try:
-            records = convert.from_answer(result)
+            records = convert.from_answer(result, keeps_frame=self.hands_on_frames)
         except TypeError as error:
             raise self._broken(str(error)) from error
         except ValueError as error:  # values of no one type: halves may be of one each
