@@ -194,6 +194,16 @@ def test_poll_tells_the_exit_code(watcher: Watcher, tmp_path: Path):
     assert process.returncode == 7
 
 
+def test_watcher_lives_through_the_ends_of_many_processes_that_it_is_asked_about(watcher: Watcher, tmp_path: Path):
+    command = ["sh", "-c", "echo words; exit 3"]
+
+    for _ in range(60):
+        process = watcher.start(command, env={"PATH": os.environ["PATH"]}, cwd=tmp_path, log=tmp_path / "log")
+        while process.poll() is None:
+            pass
+        assert (tmp_path / "log").read_text() == "words\n"
+
+
 def test_process_gets_its_environment_folder_and_default_signals(watcher: Watcher, tmp_path: Path):
     code = "import json, os, signal; print(json.dumps([dict(os.environ), os.getcwd(), signal.getsignal(15).name]))"
 

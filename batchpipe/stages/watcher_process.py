@@ -66,6 +66,8 @@ class Watch:
         """Obey until the owner says close, closes the pipe, or is gone."""
         while not self.closed and os.getppid() == self.owner:
             for key, _ in self.selector.select(timeout=1.0):
+                if self.selector.get_map().get(key.fd) is not key:
+                    continue  # an order before it in this round closed it
                 if key.fd:
                     self.log(key.fd, key.data)
                 elif data := os.read(0, 1 << 16):
