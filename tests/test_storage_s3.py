@@ -215,6 +215,11 @@ def test_an_identity_that_may_only_read_is_told_so(s3_server: S3Server, store: S
         attempts(reader, bucket)[name]()
 
 
+def test_a_request_is_tried_five_times_at_most(store: Any, bucket: str):
+    store.put(f"s3://{bucket}/x", b"")
+    assert store._client._filesystem.s3.meta.config.retries["total_max_attempts"] == 5
+
+
 def test_an_endpoint_where_nobody_answers_is_told(s3_server: S3Server):
     options = {**s3_server.storage_options, "client_kwargs": {"endpoint_url": "http://127.0.0.1:1"}}
     store = open_store("s3://", {"s3": options | {"config_kwargs": {"retries": {"total_max_attempts": 1}}}})
