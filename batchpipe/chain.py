@@ -8,7 +8,7 @@ import asyncio
 import threading
 from collections import defaultdict, deque
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any, Self
@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from batchpipe.batch import MiniBatch, Records
+from batchpipe.errors import PoolError
 from batchpipe.invoke import FailedRecord, FailureLimit, Outcome, invoke
 from batchpipe.job import Job
 from batchpipe.manifest import StageStats
@@ -126,6 +127,8 @@ def _result(sent: MiniBatch, future: "Future[Outcome]") -> tuple[MiniBatch, Outc
         return sent, future.result()
     except InvocationFailed as why:
         raise StageRefused(sent, why) from why
+    except CancelledError as closed:
+        raise PoolError("the chain was closed while a mini-batch was in it: its driver is gone") from closed
 
 
 def _compose(before: Outcome, answer: Outcome) -> Outcome:
@@ -173,6 +176,11 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     try:
         loop.run_forever()
     finally:
+        # A split that waits for an answer must hear that none will come, or it would hold its worker's thread for ever.
+        unanswered = asyncio.all_tasks(loop)
+        for task in unanswered:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*unanswered, return_exceptions=True))
         loop.close()
 
 

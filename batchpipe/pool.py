@@ -181,11 +181,12 @@ def open_pool(
                 release.callback(_end, client, lease)
         else:
             client = _open_foreign(compute, release)
-            release.enter_context(_renewing(client, lease))
         try:
             client.wait_for_workers(1, timeout=WORKERS_TIMEOUT_S)
         except (WorkerStartTimeoutError, TimeoutError) as error:
             raise _no_workers(processes) from error
+        if processes is None:
+            release.enter_context(_renewing(client, lease))
         yield Pool(client, processes, gauge)
 
 
@@ -280,6 +281,8 @@ def _renewing(client: Client, lease: Lease) -> Iterator[None]:
             with contextlib.suppress(OSError, TimeoutError):
                 client.run(lease.renew, *lease.args, on_error="ignore")
 
+    # Before the first task: a chain that is opened without a lease would be held for ever if we were killed.
+    client.run(lease.renew, *lease.args, on_error="ignore")
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:

@@ -17,6 +17,7 @@ from batchpipe.job import Job
 from batchpipe.orders import HIDDEN
 from batchpipe.redact import secrets_of
 from batchpipe.stages import StageContext
+from batchpipe.stages.callable import forget_imports
 from batchpipe.stages.watcher import Watcher, open_watcher
 from batchpipe.storage import join, open_store
 
@@ -87,6 +88,8 @@ def _watch_lease(run_id: str) -> None:
 
 
 def _open(job: Job, run_id: str) -> Held:
+    if not _held:
+        forget_imports()
     with contextlib.ExitStack() as release:
         watcher: Watcher | None = None
         scratch = logs = Path()

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchpipe.batch import MiniBatch, Origins, Records
-from batchpipe.chain import Chain, StageRefused, new_stats
+from batchpipe.chain import Chain, StageRefused, _run, new_stats
+from batchpipe.errors import PoolError
 from batchpipe.invoke import FailureLimit, Outcome, invoke
 from batchpipe.stages import Answer, InvocationFailed, Remedy
+from tests.jobs import until
 
 
 class Doubling:
@@ -64,13 +66,11 @@ def invoke_now(stage: Doubling, numbers: Sequence[int], limit: FailureLimit) -> 
 @contextmanager
 def open_chain_of(*stages: Doubling) -> Iterator[Chain]:
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
+    thread = threading.Thread(target=_run, args=(loop,))
     thread.start()
-    chain = Chain(stages, [0] * len(stages), loop)
-    yield chain
-    chain.close()
+    with Chain(stages, [0] * len(stages), loop) as chain:
+        yield chain
     thread.join()
-    loop.close()
 
 
 def batches(sizes: Sequence[int]) -> Iterator[MiniBatch]:
@@ -176,3 +176,25 @@ def test_statistics_count_invocations_records_and_failures_of_each_stage():
 
     total = stats["doubling"]
     assert (total.failed, total.dropped, total.answered) == (1, 3, 7 + 4)
+
+
+def test_G5_closing_the_chain_frees_who_waits_for_an_answer():
+    class Stuck(Doubling):
+        async def invoke(self, records: Records) -> Answer:
+            self.calls.append([])
+            return await asyncio.Future()
+
+    stage, errors = Stuck(), list[Exception]()
+
+    def wait(chain: Chain) -> None:
+        with pytest.raises(PoolError, match="its driver is gone") as caught:
+            next(iter(chain.stream(batches([3]), FailureLimit(None), new_stats())))
+        errors.append(caught.value)
+
+    with open_chain_of(stage) as chain:
+        thread = threading.Thread(target=wait, args=(chain,))
+        thread.start()
+        until(lambda: stage.calls)
+    thread.join(10)
+
+    assert len(errors) == 1

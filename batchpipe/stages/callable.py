@@ -149,6 +149,7 @@ def import_callable(reference: str, python_path: Sequence[str], stage: str) -> A
     """
     for folder in reversed([f for f in python_path if f not in sys.path]):
         sys.path.insert(0, folder)
+        _added_folders.append(folder)
     module_name, _, attribute = reference.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
@@ -164,6 +165,21 @@ def import_callable(reference: str, python_path: Sequence[str], stage: str) -> A
             raise JobError(msg, where=getattr(found, "__file__", None) or "")
         found = getattr(found, name)
     return found
+
+
+_added_folders: list[str] = []
+
+
+def forget_imports() -> None:
+    """Let modules of earlier jobs go, so that a process which serves many runs imports each one's own, as it is now."""
+    folders = tuple(f"{folder}/" for folder in _added_folders)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(folders) and _is_user_code(file):
+            del sys.modules[name]
+    sys.path[:] = [folder for folder in sys.path if folder not in _added_folders]
+    _added_folders.clear()
+    importlib.invalidate_caches()
 
 
 def user_location(error: BaseException) -> str:
