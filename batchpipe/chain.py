@@ -116,8 +116,9 @@ class Chain:
 
     def close(self) -> None:
         """Close every stage, then the loop. May be called twice."""
-        for stage in reversed(self.stages):
-            stage.close()
+        # Side by side: each may take some seconds until what it started has ended.
+        with ThreadPoolExecutor(len(self.stages), thread_name_prefix="close") as threads:
+            list(threads.map(lambda stage: stage.close(), self.stages))
         with suppress(RuntimeError):  # the loop is closed already
             self._loop.call_soon_threadsafe(self._loop.stop)
 

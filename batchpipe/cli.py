@@ -120,14 +120,14 @@ def _load(job: str, variables: tuple[str, ...], settings: tuple[str, ...], worke
 
     if workers is not None:
         settings = (*settings, f"compute.workers={workers}")
-    return load_job(job, set=settings, vars=_pairs(variables))
+    return load_job(job, set=settings, vars=_pairs(variables, "--var"))
 
 
-def _pairs(variables: tuple[str, ...]) -> Mapping[str, str]:
-    wrong = [each for each in variables if "=" not in each]
+def _pairs(given: tuple[str, ...], option: str) -> Mapping[str, str]:
+    wrong = [each for each in given if "=" not in each]
     if wrong:
-        raise click.UsageError(f"--var takes NAME=VALUE, not {wrong[0]!r}")
-    return dict(each.split("=", 1) for each in variables)
+        raise click.UsageError(f"{option} takes NAME=VALUE, not {wrong[0]!r}")
+    return dict(each.split("=", 1) for each in given)
 
 
 @commands.command()
@@ -243,6 +243,48 @@ def verify(output: str, as_json: bool) -> None:
     from batchpipe.verify import verify_output
 
     _print_manifest(verify_output(*_open_output(output)), as_json, "verified: every part is as it was published\n")
+
+
+@commands.command()
+@click.argument("output", required=False, type=click.Path())
+def ps(output: str | None) -> None:
+    """List what runs hold on this host, and in OUTPUT: containers, scratch folders, unfinished runs, pending pieces."""
+    from batchpipe.leftovers import find_in_output, find_on_host
+
+    for found in [*find_on_host(), *(find_in_output(*_open_output(output)) if output else [])]:
+        click.echo(str(found))
+
+
+@commands.command()
+@click.argument("output", required=False, type=click.Path())
+@click.option("--unfinished", is_flag=True, help="Drop unfinished runs of OUTPUT too; they stay otherwise.")
+def clean(output: str | None, unfinished: bool) -> None:
+    """Remove what nobody owns any more, as a power cut leaves it: on this host, and in OUTPUT."""
+    from batchpipe.leftovers import clean_host, clean_output
+
+    removed = clean_host()
+    if output:
+        removed += clean_output(*_open_output(output), drops_unfinished=unfinished)
+    for found in removed:
+        click.echo(f"removed {found}")
+    if not removed:
+        click.echo("nothing to clean")
+
+
+@commands.command()
+@click.argument("reference", metavar="MODULE:ATTRIBUTE")
+@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A keyword argument, as in YAML.")
+@click.option("--columns", default="", metavar="A,B,...", help="Names of the fields of CSV without a header.")
+@click.option("--threads", type=click.IntRange(1), default=1, help="Threads that may call it at once.")
+@click.argument("contract", required=False, type=click.Choice(["serve"]), metavar="")
+def serve(reference: str, params: tuple[str, ...], columns: str, threads: int, contract: str | None) -> None:  # noqa: ARG001 - engines append `serve` to an image's command
+    """Serve a callable as a stage: /ping, /execution-parameters and /invocations."""
+    import yaml
+
+    from batchpipe.serve import serve as serve_callable
+
+    values = {name: yaml.safe_load(value) for name, value in _pairs(params, "--param").items()}
+    serve_callable(reference, values, [name for name in columns.split(",") if name], threads=threads)
 
 
 @commands.command()

@@ -10,12 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchpipe.batch import MiniBatch, Origins, Records
+from batchpipe.batch import ByteRecords, MiniBatch, Origins, Records
 from batchpipe.convert import cast_table
 from batchpipe.formats import Writer, open_writer
+from batchpipe.job import Job
 from batchpipe.manifest import Failure
 from batchpipe.orders import Place
 from batchpipe.split import Split
+from batchpipe.stages.tables import can_be_table, to_table
 from batchpipe.storage import PendingWriter, open_store
 
 MAX_FAILURES_IN_RESULT = 5
@@ -49,6 +51,7 @@ class Piece:
 
     def write(self, records: Records, origins: Origins) -> None:
         """Write answers in order; `origins` are those of the records they answer."""
+        records = as_columns(records, self._job)
         if isinstance(records, pa.Table):
             if self._job.output.add_source:
                 records = add_source(records, origins, self._split)
@@ -77,6 +80,13 @@ def open_piece(place: Place, split: Split, schema: pa.Schema | None, *, keeps_em
     store = open_store(output.uri, output.storage_options)
     with store.open_pending(place.piece_uri(split), staging=place.staging, attempt=place.attempt) as sink:
         yield Piece(place, split, schema, sink, keeps_empty=keeps_empty)
+
+
+def as_columns(records: Records, job: Job) -> Records:
+    """Answers as a table where the output has columns and text answers can be read as such."""
+    if job.output.format != "raw" and isinstance(records, ByteRecords) and can_be_table(records):
+        return to_table(records)
+    return records
 
 
 def add_source(table: pa.Table, origins: Origins, split: Split) -> pa.Table:

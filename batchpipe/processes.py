@@ -19,7 +19,11 @@ from typing import Any
 from batchpipe.errors import PoolError
 from batchpipe.job import ComputeSpec
 from batchpipe.stages.watcher import WatchedProcess, Watcher, WatcherLostError, open_watcher
+from batchpipe.storage import owner
 
+SCRATCH_PREFIX = "batchpipe-"
+OWNER_FILE = "owner.json"
+"""Says in a scratch folder whose it is, for `clean` after a power cut."""
 POLL_S = 0.1
 SPLITS_AT_A_TIME = 2
 """Splits a worker runs side by side: reading and writing of one overlap with computing of the other."""
@@ -45,8 +49,9 @@ def open_host(compute: ComputeSpec | None = None) -> Iterator[Host]:
     """
     with contextlib.ExitStack() as release:
         # Resolved: on macOS the temporary folder is behind a link.
-        scratch = Path(release.enter_context(tempfile.TemporaryDirectory(prefix="batchpipe-"))).resolve()
+        scratch = Path(release.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX))).resolve()
         watcher = release.enter_context(open_watcher(scratch=scratch))
+        write_private(scratch / OWNER_FILE, owner.to_bytes(owner.this_process({})))
         if compute is None or compute.cluster != "local":
             yield Host(scratch, watcher)
             return
@@ -83,12 +88,12 @@ class WorkerProcesses:
 
     def open_chain(self, job: object, run_id: str) -> None:
         """Tell all workers, also those that come later, whose chain to open; from here on the lost are replaced."""
-        _write_private(self._scratch / "chain.pickle", pickle.dumps((job, run_id)))
+        write_private(self._scratch / "chain.pickle", pickle.dumps((job, run_id)))
         self._guard.start()
 
     def join_cluster(self, address: str, security: dict[str, Any]) -> None:
         """Tell all workers, also those that come later, where their scheduler is."""
-        _write_private(self._scratch / "cluster.json", json.dumps({"address": address, "security": security}).encode())
+        write_private(self._scratch / "cluster.json", json.dumps({"address": address, "security": security}).encode())
 
     def task_done(self) -> None:
         """Note that the workers get on with the work."""
@@ -163,7 +168,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _write_private(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes) -> None:
     """Write a file that only this user can read, all at once: workers wait for its name."""
     waiting = path.with_suffix(".part")
     descriptor = os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

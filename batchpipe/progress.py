@@ -107,7 +107,7 @@ class Bar:
                 total=max(progress.bytes, 1),
                 initial=progress.tally.bytes_read,
                 file=self._stream,
-                bar_format="{percentage:3.0f}% |{bar:20}| {postfix}",
+                bar_format="{percentage:3.0f}% |{bar:20}| {desc}",
                 leave=False,
                 mininterval=0.1,
             )
@@ -117,7 +117,7 @@ class Bar:
         self._bar.n = done
         figures = _figures(progress, elapsed, self._kept)
         eta = _eta(done - self._bar.initial, total - done, elapsed)
-        self._bar.set_postfix_str(
+        self._bar.set_description_str(
             f"{figures['records']:,} records  {_short(figures['per_s'])}/s  eta {eta}"
             f"  failed {figures['failed']:,}  workers {progress.workers}"
         )

@@ -13,13 +13,14 @@ import numpy as np
 from batchpipe.batch import ByteRecords, MiniBatch, Origins, iter_batches
 from batchpipe.convert import BadRecord
 from batchpipe.formats import FORMATS, misfit_error
+from batchpipe.formats.compression import compression_of
 from batchpipe.invoke import FailedRecord, FailureLimit, Outcome
 from batchpipe.job import InputSpec
 from batchpipe.manifest import Accounts, Failure, RangeResult
 from batchpipe.orders import Orders
 from batchpipe.parts import Quarantine
 from batchpipe.redact import clean_uri, mask, secrets_of
-from batchpipe.split import Split
+from batchpipe.split import Range, Split
 from batchpipe.storage import ObjectFile, open_store
 
 READING = "read"
@@ -153,10 +154,19 @@ class Source:
             for block in reader:
                 counts.first = reader.first
                 self._count("read", block.origins)
-                self._show("bytes", reader.bytes_read - counts.bytes_read)
-                counts.bytes_read = reader.bytes_read
+                self._show_bytes(reader.bytes_read, found, counts, file)
                 yield block
-            counts.first, counts.next_start, counts.bytes_read = reader.first, reader.next_start, reader.bytes_read
+            counts.first, counts.next_start = reader.first, reader.next_start
+            self._show_bytes(reader.bytes_read, found, counts, file)
+
+    def _show_bytes(self, read: int, found: Range, counts: _Counts, file: ObjectFile) -> None:
+        """Tell how much of the object, as it is stored, the range has taken so far: a part of the bytes listed."""
+        if compression_of(found.object.uri, self._job.input.compression) != "none":
+            read = file.tell()
+        whole = found.is_whole or self._job.input.format == "parquet"
+        taken = min(read, found.object.size if whole else found.stop - found.start)
+        self._show("bytes", taken - counts.bytes_read)
+        counts.bytes_read = taken
 
     def _parse(self, batch: MiniBatch) -> MiniBatch:
         to_table = self._format.to_table

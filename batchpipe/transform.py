@@ -22,7 +22,7 @@ from batchpipe.invoke import FailureLimit, Outcome
 from batchpipe.job import Job
 from batchpipe.manifest import SplitFailed, SplitResult
 from batchpipe.orders import Orders, Schemas
-from batchpipe.parts import Piece, add_source, open_piece, open_quarantine
+from batchpipe.parts import Piece, add_source, as_columns, open_piece, open_quarantine
 from batchpipe.redact import secrets_of
 from batchpipe.source import Source
 from batchpipe.specs.arrow_types import arrow_type
@@ -192,9 +192,9 @@ def run_chain(job: Job, table: Records) -> Outcome:
 
 def _output_schema(job: Job, outcome: Outcome, sent: MiniBatch, split: Split) -> pa.Schema | None:
     """What every answer is cast to: as stated, the rest as the first mini-batch's answer has it."""
-    records = outcome.records
-    if job.output.format == "raw":
+    if job.output.format == "raw" or outcome.records is None:
         return None
+    records = as_columns(outcome.records, job)
     if not isinstance(records, pa.Table):
         msg = f"the last stage answers bytes, which output.format {job.output.format} cannot hold"
         raise StageStartError(msg, next="set output.format: raw, or answer records")

@@ -15,11 +15,12 @@ from batchpipe.chain import Chain, open_chain
 from batchpipe.errors import BatchpipeError
 from batchpipe.job import Job
 from batchpipe.orders import HIDDEN
+from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX, write_private
 from batchpipe.redact import secrets_of
 from batchpipe.stages import StageContext
 from batchpipe.stages.callable import forget_imports
 from batchpipe.stages.watcher import Watcher, open_watcher
-from batchpipe.storage import join, open_store
+from batchpipe.storage import join, open_store, owner
 
 LEASE_S = 6.0
 
@@ -94,8 +95,9 @@ def _open(job: Job, run_id: str) -> Held:
         watcher: Watcher | None = None
         scratch = logs = Path()
         if any(stage.kind in ("container", "process") for stage in job.stages):
-            scratch = Path(release.enter_context(tempfile.TemporaryDirectory(prefix="batchpipe-stages-")))
+            scratch = Path(release.enter_context(tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}stages-")))
             watcher = release.enter_context(open_watcher(scratch=scratch))
+            write_private(scratch / OWNER_FILE, owner.to_bytes(owner.this_process({"run": run_id})))
             logs = scratch / "logs"
             logs.mkdir()
         chain = open_chain(job, StageContext(run_id, _copy, scratch, logs, secrets_of(job)), watcher)

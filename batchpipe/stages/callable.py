@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from batchpipe import convert
-from batchpipe.batch import Records
+from batchpipe.batch import ByteRecords, Records
 from batchpipe.errors import JobError, StageStartError
 from batchpipe.stages import Answer, InvocationFailed, Remedy
+from batchpipe.stages.tables import can_be_table, to_table
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
@@ -58,7 +59,7 @@ class CallableStage:
     def _call(self, records: Records) -> Answer:
         count = len(records)
         try:
-            argument = convert.to_argument(records, self._kind)
+            argument = convert.to_argument(self._parsed(records), self._kind)
             result = self._function(argument)
         except Exception as error:  # noqa: BLE001 - the boundary to user code: any exception is the records' failure
             raise self._failed(error) from None
@@ -66,6 +67,12 @@ class CallableStage:
         if self._may_drop:
             result, kept = self._split_result(result, count)
         return self._answer(result, count, kept)
+
+    def _parsed(self, records: Records) -> Records:
+        """Text that an HTTP stage answered as a table, where the callable takes one."""
+        if self.takes_table and isinstance(records, ByteRecords) and can_be_table(records):
+            return to_table(records)
+        return records
 
     def _split_result(self, result: Any, count: int) -> tuple[Any, Any]:
         if not (isinstance(result, tuple) and len(result) == 2):
