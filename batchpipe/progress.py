@@ -1,5 +1,6 @@
 """Progress as a bar on a terminal, as log lines without one: a callback handed to the runner."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -109,6 +110,8 @@ class Bar:
                 file=self._stream,
                 bar_format="{percentage:3.0f}% |{bar:20}| {desc}",
                 leave=False,
+                ncols=_width(self._stream),
+                nrows=20,  # where the terminal says none, tqdm would hide the bar
                 mininterval=0.1,
             )
         total = max(progress.bytes, 1)
@@ -137,6 +140,15 @@ def _figures(progress: Progress, elapsed: float, kept: int = 0) -> dict[str, int
         "failed": progress.tally.accounts.quarantined,
         "workers": progress.workers,
     }
+
+
+def _width(stream: TextIO) -> int:
+    """Columns of the terminal; one that does not know its own, as under `script` or `docker run -t`, has 100."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        columns = 0
+    return columns - 1 if columns > 1 else 100
 
 
 def _short(number: float) -> str:
