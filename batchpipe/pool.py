@@ -23,7 +23,7 @@ from distributed.exceptions import WorkerStartTimeoutError
 from batchpipe import __version__
 from batchpipe.errors import BatchpipeError, JobError, PoolError
 from batchpipe.job import ClusterByAddress, ClusterByClass, ComputeSpec, WorkerRange
-from batchpipe.processes import SPLITS_AT_A_TIME, WorkerProcesses
+from batchpipe.processes import QUIET_DASK, SPLITS_AT_A_TIME, WorkerProcesses
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -207,6 +207,7 @@ class Lease:
 def _open_local(processes: WorkerProcesses, release: contextlib.ExitStack) -> Client:
     security = Security.temporary()
     settings = {
+        **QUIET_DASK,
         "distributed.scheduler.http.routes": [],
         # A death is reported at once: the window counts them itself (see `Pool.stream`).
         "distributed.scheduler.allowed-failures": 0,

@@ -27,6 +27,12 @@ OWNER_FILE = "owner.json"
 POLL_S = 0.1
 SPLITS_AT_A_TIME = 2
 """Splits a worker runs side by side: reading and writing of one overlap with computing of the other."""
+QUIET_DASK = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
+}
+"""For every process of a local pool: Dask else samples stacks 100 times a second, for a dashboard that is not there."""
 MAX_LOST_IN_A_ROW = 5
 """Workers lost without one task finished between them: then replacing them is of no use."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchpipe.processes import SPLITS_AT_A_TIME
+from batchpipe.processes import QUIET_DASK, SPLITS_AT_A_TIME
 
 if TYPE_CHECKING:
     from batchpipe.job import Job
@@ -71,6 +71,7 @@ async def _work(address: str, security: dict[str, str], folder: Path, name: str)
     from distributed import Security, Worker
 
     settings = {
+        **QUIET_DASK,
         "distributed.worker.http.routes": [],
         "distributed.worker.memory.target": False,
         "distributed.worker.memory.spill": False,
