@@ -14,6 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchpipe.errors import PoolError
+from batchpipe.jobfile import load_job
+from batchpipe.orders import Orders, Place, Schemas
+from batchpipe.transform import run_splits
 from tests.jobs import ECHO, Jobs, csv_rows, open_jobs
 
 STAGES = """
@@ -190,3 +194,11 @@ def test_a_full_disk_is_7_and_the_run_resumes_when_there_is_room(jobs: Jobs):
     assert "free some space there, then run the same command again: it resumes" in full.err
     assert (resumed.code, written) == (0, 20_000), resumed.err
     assert "kept=0" not in resumed.err
+
+
+def test_a_worker_of_another_version_is_refused(jobs: Jobs):
+    place = Place(load_job(jobs.job()), "r1", "part-", "a1")
+
+    with pytest.raises(PoolError, match=r"a worker runs batchpipe \S+, the driver 0\.0\.7") as caught:
+        run_splits((), Orders(place, Schemas(), 0, version="0.0.7"))
+    assert caught.value.next == "install batchpipe 0.0.7 where the workers run"
