@@ -232,6 +232,8 @@ class Manifest(_Model):
     input: tuple[str, ...] = Field(description="What was read: paths, URLs and globs, without user information.")
     output: str = Field(description="The output's folder, without user information and query.")
     output_format: str = Field(description="parquet, csv, jsonl or raw.")
+    output_layout: str = Field(description="parts or mirror.")
+    replaces: str = Field(description="Id of the run whose output this one took the place of; empty for none.")
     job: dict[str, Any] = Field(description="The job file as written, secrets masked.")
     inputs: LongTable
     parts: LongTable

@@ -4,29 +4,28 @@ Workers only ever write pending pieces; what is here alone makes them visible, a
 only rolls forward (G2).
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from batchpipe.errors import BatchpipeError, JobError, LockedError, OutputError
 from batchpipe.job import Job
 from batchpipe.journal import Journal, open_journal
-from batchpipe.manifest import Input, LongTable, Manifest, Part, SplitResult
+from batchpipe.manifest import Input, Manifest, SplitResult
 from batchpipe.mirror import Assembly
 from batchpipe.orders import HIDDEN, Place
 from batchpipe.plan import Fingerprint
+from batchpipe.publication import PiecesLostError, is_committed, publish_committed, write_draft
 from batchpipe.published import iter_parts, read_manifest, with_dataset
 from batchpipe.redact import clean_uri
 from batchpipe.runs import (
     PieceSpool,
     RunFolder,
-    discard_all_but,
+    RunState,
     discard_each,
     discard_run,
     iter_pending,
@@ -38,13 +37,11 @@ from batchpipe.runs import (
     without_type,
 )
 from batchpipe.split import InputObject
-from batchpipe.storage import Lock, ObjectExistsError, Pending, PendingLostError, Store, join, open_store, relative
+from batchpipe.storage import Lock, Pending, Store, join, open_store, relative
 
-PUBLISHERS = 16
 LOCK_POLL_S = 0.5
 SWEEP_S = 30.0
 """How long the sweep of a killed run is waited for: who starts it again at once does not want to hear of it."""
-Row = TypeVar("Row", Part, Input)
 
 
 class Output:
@@ -64,7 +61,6 @@ class Output:
         """Under mirror, by object: the one piece that its pieces were joined into."""
         self.schemas: dict[str, Any] = {}
         self.started = _now()
-        self.is_committed = False
         self.is_resumed = False
 
     @property
@@ -72,41 +68,29 @@ class Output:
         """What names of parts begin with: the run is in it where an older run's parts lie beside."""
         return f"part-{self.folder.run_id}-" if self.job.output.if_exists == "replace" else "part-"
 
-    def replay(self) -> list[SplitResult]:
-        """Settled splits of earlier starts whose pieces are still there; what nobody journaled is discarded."""
+    def replay(self) -> Iterator[SplitResult]:
+        """Settled splits of earlier starts whose pieces are still there; then what nobody journaled is discarded."""
+        state = RunState.of(self.journal.replay())
+        self.is_resumed, self.started = bool(state.started), state.started or self.started
+        self.schemas, self.assembled = state.schemas, state.assembled
         present = {key(pending): pending for pending in iter_pending(self.store, self.folder)}
-        settled, has_begun = list[SplitResult](), False
+        there = {*present, *(found.uri for found in self.store.iter_folder(self.folder / "pieces"))}
+        kept = set[str]()
+        if not state.has_begun_to_publish:
+            self.assembled = {each: one for each, one in self.assembled.items() if key_of(one["piece"]) in there}
         for entry in self.journal.replay():
-            match entry["type"]:
-                case "start":
-                    self.started, self.is_resumed = entry["started"], True
-                case "schema":
-                    self.schemas = entry
-                case "commit":
-                    self.is_committed = has_begun = True
-                case "lost":
-                    self.is_committed = False
-                    settled = [each for each in settled if not each.piece or key_of(each.piece) not in entry["pieces"]]
-                    self.assembled = {
-                        each: one for each, one in self.assembled.items() if key_of(one["piece"]) not in entry["pieces"]
-                    }
-                case "split":
-                    settled.append(SplitResult.from_json(without_type(entry)))
-                case "assembled":
-                    self.assembled[entry["object"]] = entry
-        if not has_begun:
-            apart = {found.uri for found in self.store.iter_folder(self.folder / "pieces")}
-            settled = [
-                result
-                for result in settled
-                if not result.piece or key_of(result.piece) in present or result.piece["uri"] in apart
-            ]
-            self.assembled = {each: one for each, one in self.assembled.items() if key_of(one["piece"]) in present}
-            pieces = [result.piece for result in settled if result.piece]
-            discard_all_but(self.store, present, [*pieces, *(one["piece"] for one in self.assembled.values())])
-        for result in settled:
+            piece = entry.get("piece") or {}
+            if entry["type"] != "split" or (piece and key_of(piece) in state.lost):
+                continue
+            if piece and not state.has_begun_to_publish and not {key_of(piece), piece["uri"]} & there:
+                continue
+            kept |= {key_of(piece)} if piece else set()
+            result = SplitResult.from_json(without_type(entry))
             self.pieces.add(result)
-        return settled
+            yield result
+        if not state.has_begun_to_publish:
+            kept |= {key_of(one["piece"]) for one in self.assembled.values()}
+            discard_each(self.store, (pending for name, pending in present.items() if name not in kept))
 
     def begin(self) -> None:
         """Write down what this run is, so that a later start knows whether it is the same."""
@@ -159,26 +143,20 @@ class Output:
             earlier = self.store.stat(pending.uri).version if self.store.exists(pending.uri) else None
             self.store.publish(pending, replaces=earlier)
 
-    def publish(self, manifest: Manifest, input_rows: Iterator[Input]) -> Manifest:
-        """Make every piece visible, then the manifest. Once begun, a later start finishes it."""
-        if not self.is_committed:
-            self.journal.append("commit", at=_now())
+    def publish(self, manifest: Manifest, inputs: Iterable[Input]) -> Manifest:
+        """Write down what publishing needs, commit, make every piece visible, then the manifest."""
+        draft = manifest.model_copy(update={"finished": _now()})
+        write_draft(self.store, self.folder, draft, self._pieces(), inputs)
+        self.journal.append("commit")
         self.journal.flush()
         self.lock.renew()
-        replaces = self._versions_to_replace()
-        lost: list[str] = []
-        with ThreadPoolExecutor(PUBLISHERS, thread_name_prefix="publish") as threads:
-            parts = list(threads.map(lambda line: self._publish_one(line, replaces, lost), self._lines()))
-        if lost:
-            raise self._lost(lost)
-        table = self._write_table("parts.jsonl", (part for part in parts if part), lambda part: part.bytes)
-        listed = self._write_table("inputs.jsonl", input_rows, lambda row: row.bytes)
-        manifest = manifest.model_copy(update={"parts": table, "inputs": listed, "finished": _now()})
-        self.store.put(self.folder.manifest, manifest.model_dump_json(indent=2).encode() + b"\n")
-        discard_each(self.store, iter_pending(self.store, self.folder))  # what workers wrote that were lost
-        self._remove_replaced(manifest)
-        self._remove_journal()
-        self.manifest = with_dataset(manifest, self.store, self.folder.root, self.job.output.storage_options)
+        try:
+            published = publish_committed(self.store, self.folder)
+        except PiecesLostError as error:
+            self.journal.append("lost", pieces=error.pieces)
+            self.journal.flush()
+            raise
+        self.manifest = with_dataset(published, self.store, self.folder.root, self.job.output.storage_options)
         return self.manifest
 
     def sweep(self) -> None:
@@ -188,72 +166,15 @@ class Output:
             self.journal.flush()
             sweep_run(self.store, self.folder)
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
+    def _pieces(self) -> Iterator[tuple[Pending, int, tuple[int, int]]]:
         """What becomes a part, in order: the piece of a split, or the one that an object's pieces were joined into."""
         for split, line in self.pieces:
             joined = self.assembled.get(line["objects"][0]) if line["objects"] else None
-            if joined is None:
-                yield {**line, "splits": (split, split)}
-            elif joined["splits"][0] == split:
-                yield joined
-
-    def _publish_one(self, line: dict[str, Any], replaces: dict[str, str], lost: list[str]) -> Part | None:
-        if line["piece"] is None:
-            return None
-        pending = Pending.from_json(line["piece"])
-        name = relative(pending.uri, self.folder.root)
-        try:
-            self.store.publish(pending, replaces=replaces.get(pending.uri))
-        except PendingLostError:
-            lost.append(key(pending))
-            return None
-        except ObjectExistsError as error:
-            raise OutputError(
-                f"cannot publish {name!r}: the output holds an object of that name, which this run did not make",
-                where=clean_uri(self.folder.root),
-                next="move it away and run the same command again: it finishes what it has begun to publish",
-            ) from error
-        return Part(uri=name, records=line["written"], bytes=pending.size, sha256=pending.sha256, splits=line["splits"])
-
-    def _lost(self, pieces: list[str]) -> OutputError:
-        """Take pieces back that are gone: the next start makes them anew, and then publishes the rest."""
-        self.journal.append("lost", pieces=pieces)
-        return OutputError(
-            f"somebody removed {len(pieces):,} of the pending pieces before they were published",
-            where=clean_uri(self.folder.root),
-            next="run the same command again: it makes them anew and keeps the rest; see the bucket's lifecycle rules",
-        )
-
-    def _versions_to_replace(self) -> dict[str, str]:
-        """Under mirror and replace: the objects of the old manifest that are overwritten in place, at their version."""
-        if self.replaced is None or self.job.output.layout != "mirror":
-            return {}
-        uris = [join(self.folder.root, part.uri) for part in iter_parts(self.store, self.folder.root, self.replaced)]
-        return {uri: self.store.stat(uri).version for uri in uris if self.store.exists(uri)}
-
-    def _write_table(self, name: str, rows: Iterable[Row], size: Callable[[Row], int]) -> LongTable:
-        lines, total = [], 0
-        for row in rows:
-            lines.append(row.model_dump_json())
-            total += size(row)
-        data = "".join(line + "\n" for line in lines).encode()
-        self.store.put(self.folder / name, data)
-        uri = f"{HIDDEN}/{self.folder.run_id}/{name}"
-        return LongTable(uri=uri, rows=len(lines), bytes=total, sha256=hashlib.sha256(data).hexdigest())
-
-    def _remove_replaced(self, manifest: Manifest) -> None:
-        if self.replaced is None:
-            return
-        kept = {part.uri for part in iter_parts(self.store, self.folder.root, manifest)}
-        old = [part.uri for part in iter_parts(self.store, self.folder.root, self.replaced) if part.uri not in kept]
-        self.store.delete(join(self.folder.root, uri) for uri in old)
-        if self.replaced.run_id != manifest.run_id:
-            self.store.remove_folder(join(self.folder.root, HIDDEN, self.replaced.run_id))
-
-    def _remove_journal(self) -> None:
-        folders = [self.folder / name for name in ("journal", "pending", "pieces")]
-        with ThreadPoolExecutor(len(folders), thread_name_prefix="remove") as threads:
-            list(threads.map(self.store.remove_folder, folders))
+            if joined is None and line["piece"] is not None:
+                yield Pending.from_json(line["piece"]), line["written"], (split, split)
+            elif joined is not None and joined["splits"][0] == split:
+                first, last = joined["splits"]
+                yield Pending.from_json(joined["piece"]), joined["written"], (first, last)
 
 
 @contextmanager
@@ -268,13 +189,16 @@ def open_output(
     store, root = open_store(job.output.uri, job.output.storage_options), job.output.uri
     output = Output(job, fingerprint, RunFolder(root, run_id), store)
     with _lock(store, root, {"run": run_id, "job": job.name}, wait_s) as output.lock:
+        unfinished = unfinished_runs(store, root)
+        for run in [run for run in unfinished if is_committed(store, RunFolder(root, run))]:
+            _roll_forward(output, run)
+            unfinished.remove(run)
         finished = read_manifest(store, root, job.output.storage_options)
         if finished and finished.run_id == run_id:
             _same_or_raise(output, finished)
             output.manifest = finished
             yield output
             return
-        unfinished = unfinished_runs(store, root)
         if restart:
             for run in unfinished:
                 discard_run(store, RunFolder(root, run))
@@ -289,9 +213,8 @@ def open_output(
             try:
                 yield output
             except BaseException:
-                with suppress(
-                    BatchpipeError
-                ):  # the first error is the one to tell; what stays is swept by the next start
+                # The first error is the one to tell; what stays is swept by the next start.
+                with suppress(BatchpipeError):
                     output.sweep()
                 raise
 
@@ -310,6 +233,18 @@ def _lock(store: Store, root: str, owner: Mapping[str, str], wait_s: float) -> I
             time.sleep(LOCK_POLL_S)
     with lock:
         yield lock
+
+
+def _roll_forward(output: Output, run: str) -> None:
+    """Finish a run that had begun to publish. Pieces that are gone only that run itself can make anew."""
+    folder = RunFolder(output.folder.root, run)
+    try:
+        publish_committed(output.store, folder)
+    except PiecesLostError as error:
+        journal = open_journal(output.store, folder / "journal")
+        journal.append("lost", pieces=error.pieces)
+        journal.flush()
+        raise
 
 
 def _same_or_raise(output: Output, finished: Manifest) -> None:

@@ -200,6 +200,8 @@ class Run:
             input=tuple(map(clean_uri, self.job.input.uri)),
             output=clean_uri(self.job.output.uri),
             output_format=self.job.output.format,
+            output_layout=self.job.output.layout,
+            replaces=self.output.replaced.run_id if self.output.replaced else "",
             job=self.job.document(),
             inputs=empty,
             parts=empty,

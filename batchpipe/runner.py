@@ -41,8 +41,7 @@ def run_job(
                 return output.manifest
             with sweeping_if_killed(output, host.watcher):
                 run = Run(job, run_id, make_plan(inputs, job), output, on_progress)
-                if not output.is_committed:
-                    run.transform(host)
+                run.transform(host)
                 run.show("publish")
                 manifest = run.publish(inputs)
                 run.show("done")

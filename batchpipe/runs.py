@@ -8,7 +8,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,38 @@ def start_of(store: Store, folder: RunFolder) -> dict[str, Any] | None:
             if entry["type"] == "start":
                 return dict(entry["fingerprint"])
     return None
+
+
+@dataclass(slots=True)
+class RunState:
+    """What a run's journal says beside its settled splits."""
+
+    started: str = ""
+    schemas: dict[str, Any] = field(default_factory=dict)
+    has_begun_to_publish: bool = False
+    lost: set[str] = field(default_factory=set)
+    """Keys of pieces that were gone when they should have been published."""
+    assembled: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Under mirror, by object: the one piece that its pieces were joined into."""
+
+    @classmethod
+    def of(cls, entries: Iterable[dict[str, Any]]) -> "RunState":
+        """Read a journal for everything but its splits."""
+        state = cls()
+        for entry in entries:
+            match entry["type"]:
+                case "start":
+                    state.started = entry["started"]
+                case "schema":
+                    state.schemas = entry
+                case "commit":
+                    state.has_begun_to_publish = True
+                case "lost":
+                    state.lost |= set(entry["pieces"])
+                case "assembled":
+                    state.assembled[entry["object"]] = entry
+        state.assembled = {each: one for each, one in state.assembled.items() if key_of(one["piece"]) not in state.lost}
+        return state
 
 
 class PieceSpool:
