@@ -1,0 +1,100 @@
+"""What a power cut or an obstacle leaves: listed by `ps`, removed by `clean`, finished by whoever runs next."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import ECHO, GATE, Jobs, csv_rows, until
+
+STAGES = """
+import pandas as pd
+
+def gated(frame: pd.DataFrame):
+    if frame.n.min() >= 600:
+        (HERE / "began").touch()
+        wait_for("go")
+    return frame
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    jobs = Jobs(tmp_path)
+    jobs.write("stages.py", GATE + ECHO + STAGES)
+    jobs.write("in/a.csv", csv_rows(600))
+    jobs.write("in/b.csv", csv_rows(600, 600))
+    yield jobs
+    jobs.write("go", "")
+    jobs.end()
+
+
+def gated_job(jobs: Jobs, **output: str) -> Path:
+    return jobs.job("stages:gated", batch={"split_mb": 0.001}, output=output)
+
+
+def cut_power(jobs: Jobs) -> None:
+    """Kill every process of the run at once, its watcher among them."""
+    jobs.start("run", gated_job(jobs))
+    until((jobs.folder / "began").exists)
+    for process in jobs.processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+    until(lambda: not jobs.processes())
+
+
+def test_what_a_power_cut_leaves_is_listed_cleaned_and_the_run_resumes(jobs):
+    cut_power(jobs)
+
+    listed = jobs.run("ps", "out").out
+    assert "scratch    orphan" in listed
+    assert "run        in use" in listed
+    cleaned = jobs.run("clean", "out")
+
+    assert "removed scratch" in cleaned.out
+    assert not list(jobs.temporary.glob("batchpipe-*/"))
+    assert jobs.hidden("*/journal/*")
+    jobs.write("go", "")
+    assert jobs.run("run", gated_job(jobs)).code == 0
+
+
+def test_clean_drops_unfinished_runs_only_when_told_to(jobs):
+    cut_power(jobs)
+
+    cleaned = jobs.run("clean", "out", "--unfinished")
+
+    assert cleaned.code == 0
+    assert not jobs.hidden("*/journal/*")
+    assert jobs.run("clean", "out").out == "nothing to clean\n"
+
+
+def test_a_run_at_work_is_in_use_and_its_output_locked(jobs):
+    jobs.start("run", gated_job(jobs))
+    until((jobs.folder / "began").exists)
+
+    assert "scratch    in use" in jobs.run("ps").out
+    refused = jobs.run("clean", "out")
+
+    assert refused.code == 75
+    assert "holds this output" in refused.err
+
+
+def test_g2_a_run_that_had_begun_to_publish_is_finished_by_a_start_of_another_job(jobs):
+    first = jobs.start("run", gated_job(jobs))
+    until((jobs.folder / "began").exists)
+    obstacle = jobs.write("out/part-00000003.jsonl", "not ours")
+    jobs.write("go", "")
+    _, told = first.communicate(timeout=60)
+    assert first.returncode == 7
+    assert "cannot publish 'part-00000003.jsonl'" in told
+
+    obstacle.unlink()
+    second = jobs.run("run", gated_job(jobs), "--set", "output.format=csv")
+
+    assert second.code == 7
+    assert "the output holds the finished run" in second.err
+    assert jobs.run("verify", "out").code == 0
+    assert not jobs.hidden("*/journal/*")
