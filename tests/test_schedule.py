@@ -44,7 +44,8 @@ class World:
 
 def drive(schedule: Schedule, world: World, choice: random.Random, lose: float = 0.0) -> list[SplitResult]:
     """Run tasks in a random order, losing some, until nothing is left."""
-    settled, running = [], []
+    settled: list[SplitResult] = []
+    running: list[tuple[Split, ...]] = []
     while True:
         while len(running) < 4 and (task := schedule.take(4)):
             running.append(task)
