@@ -1,6 +1,7 @@
 """A command measured from outside as a whole, start-up included, and two of them in turn."""
 
 import os
+import resource
 import statistics
 import subprocess
 import tempfile
@@ -30,6 +31,8 @@ class Finished:
     """One run of a command. `processes` is filled by `watch` only, the command itself first."""
 
     seconds: float
+    cpu_s: float = 0.0
+    """Processor time of the command and of all descendants that somebody waited for."""
     processes: list[Seen] = field(default_factory=list)
 
     @property
@@ -44,11 +47,11 @@ class Finished:
 
 def time_command(command: Sequence[str]) -> Finished:
     """Run a command to its end. Raises CalledProcessError, with what it printed, if it fails."""
-    started = time.perf_counter()
+    before, started = _cpu_of_children(), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started
     _succeeded(command, done.returncode, done.stdout + done.stderr)
-    return Finished(seconds)
+    return Finished(seconds, _cpu_of_children() - before)
 
 
 def watch(command: Sequence[str]) -> Finished:
@@ -66,29 +69,34 @@ def watch(command: Sequence[str]) -> Finished:
         seconds = time.perf_counter() - started
         printed.seek(0)
         _succeeded(command, process.returncode, printed.read())
-    return Finished(seconds, list(seen.values()))
+    return Finished(seconds, processes=list(seen.values()))
 
 
-def in_turn(a: Callable[[], Finished], b: Callable[[], Finished], runs: int) -> list[tuple[float, float]]:
-    """Seconds of A and B, run in turn after one uncounted run of each: what slows the machine slows both."""
+def in_turn(a: Callable[[], Finished], b: Callable[[], Finished], runs: int) -> list[tuple[Finished, Finished]]:
+    """Run A and B in turn, after one uncounted run of each: what slows the machine slows both."""
     a(), b()
-    return [(a().seconds, b().seconds) for _ in range(runs)]
+    return [(a(), b()) for _ in range(runs)]
 
 
-def print_pairs(a: str, b: str, pairs: Sequence[tuple[float, float]], aim: float) -> None:
-    """Print seconds of A and B and their ratio pair by pair."""
+def print_pairs(a: str, b: str, pairs: Sequence[tuple[Finished, Finished]], aim: float) -> None:
+    """Print seconds and processor time of A and B, and their ratios pair by pair."""
     width = max(len(a), len(b), len("ratio"))
     print(f"  {'':{width}}      min   median      max   ({len(pairs)} pairs)")
-    for name, values in ((a, [pair[0] for pair in pairs]), (b, [pair[1] for pair in pairs])):
-        print(f"  {name:{width}}  {_spread(values)}   seconds")
-    print(
-        f"  {'ratio':{width}}  {_spread([first / second for first, second in pairs])}   aim: at most {aim:g}",
-        flush=True,
-    )
+    for unit, figure in (("seconds", lambda run: run.seconds), ("processor seconds", lambda run: run.cpu_s)):
+        for name, runs in ((a, [pair[0] for pair in pairs]), (b, [pair[1] for pair in pairs])):
+            print(f"  {name:{width}}  {_spread([figure(run) for run in runs])}   {unit}")
+        aimed = f", aim: at most {aim:g}" if unit == "seconds" else ""
+        ratios = [figure(first) / figure(second) for first, second in pairs]
+        print(f"  {'ratio':{width}}  {_spread(ratios)}   of {unit}{aimed}", flush=True)
 
 
 def _spread(values: Sequence[float]) -> str:
     return "  ".join(f"{value:7.3f}" for value in (min(values), statistics.median(values), max(values)))
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _look(pid: int, seen: dict[int, Seen]) -> None:
