@@ -5,6 +5,7 @@ first writes down how far it accepts the earlier ones, so a late writer of an ol
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 from batchpipe.errors import OutputError
 from batchpipe.storage import Store, join
 
+_SEGMENT = re.compile(r"(\d{6,})-(\d{8,})\.jsonl")
 FLUSH_S = 1.0
 FLUSH_ENTRIES = 500
 READERS = 16
@@ -86,8 +88,9 @@ def open_journal(store: Store, folder: str) -> Journal:
 def _accepted(store: Store, folder: str) -> dict[int, int]:
     """The last segment of each epoch that counts: all of the newest, of the older ones what the newest accepted."""
     last: dict[int, int] = {}
-    for found in store.iter_folder(folder):
-        epoch, number = _parse(found.uri)
+    # A kill may leave a file that was about to become a segment: it has another name, and never counts.
+    named = (_SEGMENT.fullmatch(found.uri.rpartition("/")[2]) for found in store.iter_folder(folder))
+    for epoch, number in (map(int, match.groups()) for match in named if match):
         last[epoch] = max(last.get(epoch, -1), number)
     if not last:
         return {}
@@ -106,8 +109,3 @@ def _entries(store: Store, folder: str, accepted: Mapping[int, int]) -> Iterator
 
 def _segment(epoch: int, number: int) -> str:
     return f"{epoch:06d}-{number:08d}.jsonl"
-
-
-def _parse(uri: str) -> tuple[int, int]:
-    epoch, _, number = uri.rpartition("/")[2].removesuffix(".jsonl").partition("-")
-    return int(epoch), int(number)

@@ -95,12 +95,9 @@ def unfinished_runs(store: Store, root: str) -> list[str]:
 
 def start_of(store: Store, folder: RunFolder) -> dict[str, Any] | None:
     """The fingerprint that an unfinished run began with."""
-    for found in store.iter_folder(folder / "journal"):
-        for line in store.read(found.uri).splitlines():
-            entry = json.loads(line)
-            if entry["type"] == "start":
-                return dict(entry["fingerprint"])
-    return None
+    starts = (entry for entry in read_journal(store, folder / "journal") if entry["type"] == "start")
+    first = next(starts, None)
+    return dict(first["fingerprint"]) if first else None
 
 
 @dataclass(slots=True)

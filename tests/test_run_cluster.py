@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from distributed import Client
 
+from batchpipe.errors import PoolError
+from batchpipe.jobfile import load_job
+from batchpipe.runner import run_job
 from tests.jobs import ECHO, GATE, Jobs, csv_rows, open_jobs, until
 
 STAGES = """
@@ -109,9 +112,9 @@ def test_a_class_that_is_not_there_is_2(jobs: Jobs):
     assert "compute.cluster.class: cannot import 'distributed.NoCluster'" in ran.err
 
 
-def test_an_address_where_nobody_answers_is_6(jobs: Jobs):
-    ran = jobs.run("run", jobs.job(**at("tcp://127.0.0.1:9")))
+def test_an_address_where_nobody_answers_is_6(jobs: Jobs, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("batchpipe.pool.CONNECT_TIMEOUT_S", 0.5)
 
-    assert ran.code == 6
-    assert "error: no Dask scheduler answers at tcp://127.0.0.1:9" in ran.err
-    assert "compute.cluster.address must name a running scheduler" in ran.err
+    with pytest.raises(PoolError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9") as caught:
+        run_job(load_job(jobs.job(**at("tcp://127.0.0.1:9"))))
+    assert (caught.value.exit_code, caught.value.next) == (6, "compute.cluster.address must name a running scheduler")
