@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from batchpipe.batch import ByteRecords, MiniBatch, Origins, Records
@@ -52,6 +53,9 @@ class Piece:
     def write(self, records: Records, origins: Origins) -> None:
         """Write answers in order; `origins` are those of the records they answer."""
         records = as_columns(records, self._job)
+        if self._job.stages[-1].count == "none" and isinstance(records, ByteRecords):
+            # An answer that is not counted stands whole for the first of the records it answers.
+            records = records.take(np.flatnonzero(records.ends > records.starts))
         if isinstance(records, pa.Table):
             if self._job.output.add_source:
                 records = add_source(records, origins, self._split)

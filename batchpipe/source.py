@@ -1,5 +1,6 @@
 """The reading side of a split: its records as mini-batches, and the account of what became of each (G1)."""
 
+import codecs
 import threading
 import time
 from collections import deque
@@ -65,6 +66,9 @@ class Source:
         self._limit = limit
         self._counts = [_Counts() for _ in split.ranges]
         self._secrets = secrets_of(orders.job)
+        # Bytes may be passed on as they are only if they hold the columns asked for, in the encoding that is expected.
+        picks = self._schema is not None and not self._schema.is_whole
+        self._must_parse = picks or codecs.lookup(self._job.input.encoding).name != "utf-8"
         self._shown = {"records": 0, "bytes": 0}
 
     def batches(self, *, as_tables: bool) -> Iterator[MiniBatch]:
@@ -77,7 +81,7 @@ class Source:
         while not self._limit.is_spent:
             began = time.perf_counter()
             batch = next(batches, None)
-            if batch is not None and as_tables:
+            if batch is not None and (as_tables or self._must_parse):
                 batch = self._parse(batch)
             self.read_s += time.perf_counter() - began
             if batch is None:

@@ -103,11 +103,14 @@ def _write(piece: Piece, outcome: Outcome, sent: MiniBatch, source: Source) -> N
     origins = sent.origins.take(outcome.places)
     try:
         piece.write(outcome.records, origins)
+    except CastError as error:
+        first = error.index or 0
+        msg = f"an answer does not fit the output: {error}"
+        raise RecordsFailedError(msg, where=source.describe(origins.slice(first, first + 1))) from error
     except (TypeError, ValueError) as error:
         msg = f"an answer does not fit the output: {error}"
-        raise RecordsFailedError(
-            msg, where=f"{source.describe(origins)} and the {len(origins):,} sent with it"
-        ) from error
+        where = f"{source.describe(origins)} and the {len(origins) - 1:,} after it"
+        raise RecordsFailedError(msg, where=where) from error
 
 
 def probe(splits: tuple[Split, ...], orders: Orders) -> Schemas | SplitResult:

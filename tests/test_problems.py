@@ -111,7 +111,6 @@ def test_block_is_refused_with_its_line(folder: Path, line: str, error: str):
         ("quote: ','", "input.quote: is the delimiter too: ','"),
         ("null_values: [~]", "input.null_values.0: expected text, got nothing"),
         ("encoding: klingon", "input.encoding: unknown encoding 'klingon'"),
-        ("encoding: utf-16", "input.encoding: expected an encoding in which a newline is one byte, such as utf-8 or latin-1, got 'utf-16'"),
         ("allow_empty: yes", "input.allow_empty: expected true or false, got 'yes'"),
         ("{format: jsonl, delimiter: ';'}", "input.delimiter: is for format csv, and the format is jsonl"),
         ("{format: parquet, compression: gzip}", "input.compression: is for format csv or jsonl or lines or object, and the format is parquet"),
