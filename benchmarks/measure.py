@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-SAMPLE_S = 0.02
+SAMPLE_S = 0.1
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -55,7 +55,7 @@ def time_command(command: Sequence[str]) -> Finished:
 
 
 def watch(command: Sequence[str]) -> Finished:
-    """Run a command to its end, looking at it and all its descendants many times a second (Linux: /proc)."""
+    """Run a command to its end, looking at it and all its descendants ten times a second (Linux: /proc)."""
     seen: dict[int, Seen] = {}
     with tempfile.TemporaryFile("w+") as printed:
         started = time.perf_counter()
