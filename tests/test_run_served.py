@@ -26,7 +26,7 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
         yield jobs
 
 
-@pytest.fixture(params=["process", "container"])
+@pytest.fixture(params=["process", pytest.param("container", marks=pytest.mark.container)])
 def stage(request: pytest.FixtureRequest) -> Stage:
     """Make a stage that runs the stage server, as a process and as a container."""
     if request.param == "process":
