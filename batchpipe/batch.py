@@ -67,8 +67,8 @@ class ByteRecords:
 
     def body(self) -> memoryview:
         """All records as one run of bytes; a slice of the buffer where they are contiguous."""
-        if not len(self):
-            return memoryview(b"")
+        if len(self) <= 1:
+            return self[0] if len(self) else memoryview(b"")
         if self.is_contiguous:
             return self.data[self.starts[0] : self.ends[-1]]
         return memoryview(b"".join(self[i] for i in range(len(self))))

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 
@@ -39,9 +40,15 @@ class Outcome:
 
     @classmethod
     def merge(cls, parts: Iterable[tuple[int, "Outcome"]]) -> "Outcome":
-        """Put outcomes of consecutive slices together; each comes with the place its slice begins at."""
+        """Put outcomes of consecutive slices together; each comes with the place its slice begins at.
+
+        Raises InvocationFailed where some answers are tables and others bytes: nothing can hold both.
+        """
         shifted = [(first, outcome) for first, outcome in parts]
         records = [outcome.records for _, outcome in shifted if outcome.records is not None and len(outcome.places)]
+        if len({type(each) for each in records}) > 1:
+            message = "answered some records as a table and others as bytes"
+            raise InvocationFailed("WrongAnswer", message, Remedy.NONE)
         return cls(
             concat_records(records) if records else None,
             np.concatenate([outcome.places + first for first, outcome in shifted]),
@@ -77,6 +84,8 @@ async def invoke(
     """
     if limit.is_spent:
         return Outcome(None, NONE)
+    if len(records) > 1 and stage.takes_one(records):
+        return await _invoke_each(stage, records, max_retries, limit, stats)
     attempts = 0
     while True:
         attempts += 1
@@ -99,6 +108,26 @@ async def invoke(
     left = await invoke(stage, slice_records(records, 0, middle), retries, limit, stats)
     right = await invoke(stage, slice_records(records, middle, len(records)), retries, limit, stats)
     return Outcome.merge([(0, left), (middle, right)])
+
+
+async def _invoke_each(
+    stage: OpenStage, records: Records, max_retries: int, limit: FailureLimit, stats: dict[str, StageStats]
+) -> Outcome:
+    """Send a stage that takes one record a request each by itself: one that fails is tried again alone, at once."""
+    outcomes: dict[int, Outcome] = {}
+    places = iter(range(len(records)))
+
+    async def run() -> None:
+        for i in places:
+            outcomes[i] = await invoke(stage, slice_records(records, i, i + 1), max_retries, limit, stats)
+
+    running = [asyncio.ensure_future(run()) for _ in range(min(stage.concurrency, len(records)))]
+    try:
+        await asyncio.gather(*running)
+    finally:
+        for runner in running:
+            runner.cancel()
+    return Outcome.merge(sorted(outcomes.items(), key=itemgetter(0)))
 
 
 async def _attempt(stage: OpenStage, records: Records, stats: dict[str, StageStats]) -> Answer:

@@ -14,6 +14,7 @@ from batchpipe.split import InputObject, Split
 from batchpipe.storage import join
 
 HIDDEN = "_batchpipe"
+SINGLE_RECORDS_TOGETHER = 64
 _ENDINGS = {"parquet": ".parquet", "csv": ".csv", "jsonl": ".jsonl", "raw": ".out"}
 _COMPRESSED_ENDINGS = {"gzip": ".gz", "zstd": ".zst"}
 
@@ -111,6 +112,17 @@ class Orders:
     def max_batch_bytes(self) -> int:
         """Most bytes of a mini-batch: what the stage with the smallest requests takes."""
         return min(stage.max_payload_bytes(self.job.batch, self._advised_mb(stage.name)) for stage in self.job.stages)
+
+    @property
+    def max_batch_records(self) -> int | None:
+        """Most records of a mini-batch; None is no limit but bytes.
+
+        Where every stage sends one record a request anyway, some travel together: what a mini-batch costs beside
+        its requests is then paid once for all of them. The first one stays as stated, for it only tells the columns.
+        """
+        stated = self.job.batch.max_records
+        is_alike = self.schemas.is_proved and all(stage.is_http for stage in self.job.stages)
+        return SINGLE_RECORDS_TOGETHER if stated == 1 and is_alike else stated
 
     def _advised_mb(self, stage: str) -> float | None:
         advised = self.schemas.advice.get(stage, {}).get("MaxPayloadInMB")

@@ -77,7 +77,7 @@ class Source:
         Records that cannot be parsed are quarantined instead. Raises InputError where nothing can be read, or where
         a type that we inferred does not fit.
         """
-        batches = iter_batches(self._blocks(), self._job.batch.max_records, self._orders.max_batch_bytes)
+        batches = iter_batches(self._blocks(), self._orders.max_batch_records, self._orders.max_batch_bytes)
         while not self._limit.is_spent:
             began = time.perf_counter()
             batch = next(batches, None)

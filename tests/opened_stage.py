@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from batchpipe.batch import ByteRecords, Records
+from batchpipe.chain import new_stats
+from batchpipe.invoke import FailureLimit, Outcome, invoke
 from batchpipe.job import Job, StageSpec
 from batchpipe.jobfile import load_job
 from batchpipe.redact import secrets_of
@@ -47,6 +49,11 @@ class Opened:
 
     def invoke(self, records: Records) -> Answer:
         return asyncio.run_coroutine_threadsafe(self.stage.invoke(records), self.loop).result(30)
+
+    def outcome(self, records: Records) -> Outcome:
+        """Invoke as a chain does, without retries: what became of each record."""
+        invocation = invoke(self.stage, records, 0, FailureLimit(None), new_stats())
+        return asyncio.run_coroutine_threadsafe(invocation, self.loop).result(30)
 
     def csv(self, *lines: str) -> list[str]:
         """Send lines as CSV records; return the answer's."""

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchpipe.batch import MiniBatch, Origins, Records
+from batchpipe.batch import ByteRecords, MiniBatch, Origins, Records
 from batchpipe.chain import Chain, StageRefused, _run, new_stats
 from batchpipe.errors import PoolError
 from batchpipe.invoke import FailureLimit, Outcome, invoke
+from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 from tests.jobs import until
+from tests.opened_stage import make_job
 
 
 class Doubling:
@@ -25,11 +27,15 @@ class Doubling:
 
     name = "doubling"
     takes_table = True
+    one_at_a_time = False
 
     def __init__(self, bad: set[int] = frozenset(), drops: int = 0, concurrency: int = 1) -> None:  # type: ignore[assignment]
         self.bad, self.drops, self.concurrency = bad, drops, concurrency
         self.calls: list[list[int]] = []
         self.inside = self.most_inside = 0
+
+    def takes_one(self, records: Records) -> bool:
+        return self.one_at_a_time
 
     async def invoke(self, records: Records) -> Answer:
         numbers = column(records)
@@ -104,6 +110,48 @@ def test_the_limit_stops_the_search_after_one_record_too_many(count, bad, allowe
     assert sorted(failed.place for failed in outcome.failed) == sorted(bad)[: allowed + 1]
     assert limit.is_spent == (len(bad) > allowed)
     assert set(outcome.places.tolist()).isdisjoint(bad)
+
+
+@given(st.integers(2, 100), st.sets(st.integers(0, 99)), st.integers(1, 8))
+def test_single_records_are_each_sent_once_and_answered_in_order(count, bad, concurrency):
+    bad = {n for n in bad if n < count}
+    stage = Doubling(bad, concurrency=concurrency)
+    stage.one_at_a_time = True
+
+    outcome = invoke_now(stage, range(count), FailureLimit(None))
+
+    assert sorted(stage.calls) == [[n] for n in range(count)]
+    assert [failed.place for failed in outcome.failed] == sorted(bad)
+    assert numbers_of(outcome) == [2 * place for place in outcome.places]
+    assert stage.most_inside == min(concurrency, count)
+
+
+def test_single_records_that_are_left_when_the_limit_is_spent_are_not_sent():
+    stage = Doubling({0, 1, 2})
+    stage.one_at_a_time = True
+
+    outcome = invoke_now(stage, range(100), FailureLimit(1))
+
+    assert stage.calls == [[0], [1]]
+    assert (len(outcome.failed), len(outcome.places)) == (2, 0)
+
+
+def test_G8_tables_and_bytes_are_not_put_together():
+    table, text = pa.table({"n": [1]}), ByteRecords.of([b"1"])
+    parts = [(0, Outcome(table, np.zeros(1, np.int64))), (1, Outcome(text, np.zeros(1, np.int64)))]
+
+    with pytest.raises(InvocationFailed, match="answered some records as a table and others as bytes"):
+        Outcome.merge(parts)
+
+
+HTTP, CALLABLE = {"endpoint": {"url": "http://a"}}, {"callable": "math:sqrt"}
+
+
+@pytest.mark.parametrize(("stage", "is_proved", "together"), [(HTTP, True, 64), (HTTP, False, 1), (CALLABLE, True, 1)])
+def test_single_records_travel_together_only_where_all_stages_take_one(tmp_path, stage, is_proved, together):
+    job = make_job(tmp_path, {"endpoint": {"url": "http://b"}}, stage, batch={"max_records": 1})
+
+    assert Orders(Place(job, "run", "", ""), Schemas(is_proved=is_proved), 0).max_batch_records == together
 
 
 @settings(deadline=None)

@@ -333,24 +333,28 @@ def test_objects_go_one_a_request_in_order(open_endpoint: Open):
     stage = open_endpoint(content_type="image/png", max_concurrent_transforms=4)
     images = [b"!together 4", b"!slow 0.05", b"\x89PNG", b"!together 4", b"!together 4", b"!together 4"]
 
-    records = stage.invoke(ByteRecords.of(images)).records
+    records = stage.outcome(ByteRecords.of(images)).records
 
     assert isinstance(records, ByteRecords)
     assert records.to_list() == images
 
 
-def test_one_failing_object_fails_the_invocation(open_endpoint: Open):
+def test_failing_object_fails_alone_and_no_other_is_sent_again(open_endpoint: Open):
     stage = open_endpoint(content_type="image/png")
 
-    outcomes = stage.all_at_once(ByteRecords.of([b"fine", b"!status 400", b"fine"]))
+    outcome = stage.outcome(ByteRecords.of([b"!flaky once 1", b"!status 400", b"fine"]))
 
-    assert str(outcomes[0]) == "HTTP 400: reason: 400"
+    assert [(failed.place, str(failed.why)) for failed in outcome.failed] == [
+        (0, "HTTP 503: !flaky once 1"),
+        (1, "HTTP 400: reason: 400"),
+    ]
+    assert outcome.places.tolist() == [2]
 
 
 def test_single_record_json_is_bare(open_endpoint: Open):
     stage = open_endpoint(content_type="application/json", batch={"max_records": 1})
 
-    records = stage.invoke(ByteRecords.of([b'{"a":1}\n', b"[2]\n"], "application/jsonlines")).records
+    records = stage.outcome(ByteRecords.of([b'{"a":1}\n', b"[2]\n"], "application/jsonlines")).records
 
     assert isinstance(records, ByteRecords)
     assert records.to_list() == [b'{"a":1}', b"[2]"]

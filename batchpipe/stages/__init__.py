@@ -91,6 +91,10 @@ class OpenStage(Protocol):
     takes_table: bool
     """Whether it works on tables, so that text must be parsed before; else it takes records as they are."""
 
+    def takes_one(self, records: "Records") -> bool:
+        """Whether each of these records is an invocation of its own."""
+        ...
+
     async def invoke(self, records: "Records") -> Answer:
         """Answer the records, in order. Raises InvocationFailed; StageStartError if the stage is gone for good."""
         ...

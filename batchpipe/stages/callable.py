@@ -48,6 +48,10 @@ class CallableStage:
         self._may_drop = may_drop
         self._threads = threads
 
+    def takes_one(self, records: Records) -> bool:  # noqa: ARG002 - as HTTP stages have it
+        """No: a callable is called with a mini-batch as it comes."""
+        return False
+
     async def invoke(self, records: Records) -> Answer:
         """Call the function with the records in the shape its annotation asks for."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, records)

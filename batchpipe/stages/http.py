@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from batchpipe import content
-from batchpipe.batch import ByteRecords, Records, concat_records, slice_records
+from batchpipe.batch import ByteRecords, Records
 from batchpipe.content import Body, ContentError
 from batchpipe.errors import StageStartError
 from batchpipe.redact import mask
@@ -156,19 +156,15 @@ class HttpStage:
         self._server = server
         self._free = asyncio.Semaphore(self.concurrency)
 
+    def takes_one(self, records: Records) -> bool:
+        """Whether each of these records is a request of its own."""
+        return self.exchange.takes_one(self.exchange.content_type_of(records))
+
     async def invoke(self, records: Records) -> Answer:
         """Post the records and return the answer's, counted against them. Raises InvocationFailed, StageStartError."""
         if not len(records):
             raise InvocationFailed("NoRecords", "an empty request is never sent", Remedy.ISOLATE)
-        content_type = self.exchange.content_type_of(records)
-        if len(records) == 1 or not self.exchange.takes_one(content_type):
-            return Answer(await self._request(records, content_type))
-        each = [self._request(slice_records(records, i, i + 1), content_type) for i in range(len(records))]
-        outcomes = await asyncio.gather(*each, return_exceptions=True)
-        answers = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
-        if len(answers) < len(outcomes):
-            raise next(outcome for outcome in outcomes if isinstance(outcome, BaseException))
-        return Answer(concat_records(answers))
+        return Answer(await self._request(records, self.exchange.content_type_of(records)))
 
     def close(self) -> None:
         """Close the connections and stop the server that was started for this stage."""
