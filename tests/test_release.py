@@ -61,7 +61,7 @@ def watchers(jobs: Jobs) -> list[psutil.Process]:
 
 def unjournaled(jobs: Jobs) -> list[Path]:
     """Pending files that no segment of the journal names."""
-    journal = "".join(path.read_text() for path in jobs.hidden("*/journal/*"))
+    journal = "".join(path.read_text() for path in jobs.hidden("*/journal/0*.jsonl"))
     return [path for path in jobs.hidden("*/pending/*") if path.name not in journal]
 
 

@@ -57,7 +57,7 @@ def content(jobs: Jobs) -> dict[str, str]:
 
 def begun(jobs: Jobs) -> bool:
     """Whether half of the splits are settled and journaled, and the others wait for the file ``go``."""
-    entries = [json.loads(line) for path in jobs.hidden("*/journal/*") for line in path.read_text().splitlines()]
+    entries = [json.loads(line) for path in jobs.hidden("*/journal/0*.jsonl") for line in path.read_text().splitlines()]
     return any(jobs.folder.glob("began-*")) and sum(entry["type"] == "split" for entry in entries) >= 4
 
 

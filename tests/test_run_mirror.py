@@ -72,7 +72,7 @@ def test_G4_a_killed_run_resumes_and_joins_old_and_new_pieces(jobs: Jobs):
     job = jobs.job("stages:slow", output=MIRROR, batch=SPLITS)
     run = jobs.start("run", job)
     until((jobs.folder / "began").exists, within_s=60)
-    until(lambda: '"split"' in "".join(path.read_text() for path in jobs.hidden("*/journal/*")))
+    until(lambda: '"split"' in "".join(path.read_text() for path in jobs.hidden("*/journal/0*.jsonl")))
     run.kill()
     run.communicate()
     until(lambda: not jobs.processes())
