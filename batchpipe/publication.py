@@ -5,6 +5,7 @@ From the journaled commit on `publish_committed` only rolls forward, without the
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +89,7 @@ def publish_committed(store: Store, folder: RunFolder) -> Manifest:
         except ObjectExistsError as error:
             raise _in_the_way(pending, folder) from error
 
-    lines = iter(store.read(folder / PIECES).splitlines())
+    lines = iter(io.BytesIO(store.read(folder / PIECES)))
     with ThreadPoolExecutor(PUBLISHERS, thread_name_prefix="publish") as threads:
         while some := list(islice(lines, AT_A_TIME)):
             list(threads.map(publish, some))

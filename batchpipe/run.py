@@ -149,6 +149,7 @@ class Run:
 
     def _tick(self, pool: "Pool", watch: "Stopwatch") -> None:
         self.output.journal.flush_if_due()
+        self.workers = pool.workers
         gauge = pool.progress()
         watch.check((self.schedule.tally.settled, *gauge.values()))
         self.show("transform", gauge)
