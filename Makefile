@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 JOB ?= jobs/flight_delays.yaml
+TESTERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test lint fmt bench clean
@@ -16,8 +17,8 @@ install: $(VENV)/.installed-dev ## make .venv with everything for working on bat
 run: $(VENV)/.installed-examples ## run the flight delays job (JOB=another.yaml, ARGS="--set k=v")
 	@$(BIN)/batchpipe run $(JOB) $(ARGS)
 
-test: $(VENV)/.installed-test ## run all tests (ARGS="-k name")
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-test ## run all tests, TESTERS at a time (ARGS="-k name")
+	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style, format, types and the direction of imports
 	@$(BIN)/ruff check

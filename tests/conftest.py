@@ -29,6 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "engine" in getattr(item, "fixturenames", ()):
             item.add_marker("container")
+        if item.get_closest_marker("container"):
+            # One process builds the images, and the others need not wait for it.
+            item.add_marker(pytest.mark.xdist_group("container"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
