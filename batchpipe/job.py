@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PrivateAttr, Strict, model_validator
 
+from batchpipe.errors import JobError
 from batchpipe.redact import SECRET_KEYS, clean_document, clean_uri
 from batchpipe.specs.compute import ClusterByAddress, ClusterByClass, ComputeSpec, WorkerRange
 from batchpipe.specs.input import InputSpec
@@ -37,6 +38,7 @@ __all__ = [
     "StageSpec",
     "WorkerRange",
     "fingerprint_document",
+    "supported_or_raise",
 ]
 
 MAX_STAGES = 15
@@ -188,6 +190,16 @@ class Job(Spec):
             for protocol in protocols
         }
         return {"storage_options": merged}
+
+
+def supported_or_raise(job: Job) -> None:
+    """Refuse what the models know and this version cannot do, rather than leave it out in silence. Raises JobError."""
+    for key, is_used in (
+        ("data_processing", job.data_processing != DataProcessingSpec()),
+        ("on_error.placeholder", job.on_error.placeholder is not None),
+    ):
+        if is_used:
+            raise JobError(f"{job.path}: {key}: this version of batchpipe cannot do it yet", next="leave it out")
 
 
 def fingerprint_document(job: Job) -> dict[str, Any]:

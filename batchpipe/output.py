@@ -28,6 +28,7 @@ from batchpipe.runs import (
     RunState,
     discard_each,
     discard_run,
+    has_settled,
     iter_pending,
     key,
     key_of,
@@ -199,10 +200,12 @@ def open_output(
             output.manifest = finished
             yield output
             return
-        if restart:
-            for run in unfinished:
-                discard_run(store, RunFolder(root, run))
-            unfinished = []
+        # A run that settled nothing is no loss: whoever mends the job after its first error need not ask for it.
+        for run in [
+            run for run in unfinished if restart or (run != run_id and not has_settled(store, RunFolder(root, run)))
+        ]:
+            discard_run(store, RunFolder(root, run))
+            unfinished.remove(run)
         _no_other_run_or_raise(output, unfinished)
         if run_id not in unfinished:
             _free_or_raise(output, finished)

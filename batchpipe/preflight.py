@@ -6,7 +6,7 @@ from itertools import islice
 from uuid import uuid4
 
 from batchpipe.failures import first_failed
-from batchpipe.job import Job
+from batchpipe.job import Job, supported_or_raise
 from batchpipe.jobfile import fill_run_id
 from batchpipe.manifest import SplitResult
 from batchpipe.orders import HIDDEN, Orders, Place, Schemas
@@ -25,6 +25,7 @@ NO_CONDITIONAL_PUT = ", but the store overwrites when told not to: two runs at o
 @contextlib.contextmanager
 def plan_job(job: Job) -> Iterator[tuple[Plan, str]]:
     """What a run would do and the run id it would have. The plan can be read inside the block."""
+    supported_or_raise(job)
     with open_host() as host:
         inputs = list_inputs(job.input, host.scratch)
         yield make_plan(inputs, job), make_fingerprint(job, inputs).sha256[:8]

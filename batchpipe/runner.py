@@ -5,7 +5,7 @@ What takes long to import is imported inside, after the first worker process has
 
 from typing import TYPE_CHECKING
 
-from batchpipe.job import Job
+from batchpipe.job import Job, supported_or_raise
 from batchpipe.jobfile import fill_run_id
 from batchpipe.processes import open_host
 from batchpipe.schedule import OnProgress, ignore
@@ -27,6 +27,7 @@ def run_job(
     Without a `run_id` it follows from the job and its inputs, so that running again resumes what is unfinished and
     is a no-op for what is done. Raises a BatchpipeError, whose `exit_code` is the command's.
     """
+    supported_or_raise(job)
     with open_host(job.compute) as host:
         from batchpipe.output import open_output
         from batchpipe.plan import list_inputs, make_fingerprint, make_plan

@@ -93,6 +93,11 @@ def unfinished_runs(store: Store, root: str) -> list[str]:
     return sorted({path[0] for path in paths if len(path) > 2 and path[1] == "journal"})
 
 
+def has_settled(store: Store, folder: RunFolder) -> bool:
+    """Whether any split of an unfinished run has settled."""
+    return any(entry["type"] == "split" for entry in read_journal(store, folder / "journal"))
+
+
 def start_of(store: Store, folder: RunFolder) -> dict[str, Any] | None:
     """The fingerprint that an unfinished run began with."""
     starts = (entry for entry in read_journal(store, folder / "journal") if entry["type"] == "start")

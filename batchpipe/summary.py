@@ -1,5 +1,6 @@
 """A manifest, a plan or an error as the text a person reads. Pure: prints nothing, reads nothing."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,7 @@ def explain(error: "BatchpipeError", folder: Path) -> str:
         if text:
             indented = text.replace("\n", "\n         ")
             lines.append(f"  {label + ':':<6} {indented}")
-    return "\n".join(lines).replace(f"{folder}/", "")
+    return re.sub(rf"(?<![\w/]){re.escape(str(folder))}/", "", "\n".join(lines))
 
 
 def error_document(error: "BatchpipeError") -> Mapping[str, Any]:

@@ -203,7 +203,12 @@ class _GenericFile(VersionedRaw):
     def readinto(self, buffer: "WriteableBuffer") -> int:
         target = memoryview(buffer).cast("B")
         with explained(READING, self._listed.uri):
-            data = self._file.read(len(target))
+            try:
+                data = self._file.read(len(target))
+            except (NotImplementedError, ValueError) as exc:  # fsspec's words for what a file system cannot do
+                raise READING.failed(
+                    self._listed.uri, str(exc), "copy it to a place that can be read in pieces"
+                ) from exc
         target[: len(data)] = data
         return len(data)
 
