@@ -1,6 +1,6 @@
 """`python -m benchmarks.stage_server DELAY_S`: a stage that does nothing but read a request and answer it.
 
-Every line of a request is answered by one line, after so many seconds. It prints its port and serves until it is killed.
+Every line of a request is answered by one line, after so many seconds. It prints its port and serves until killed.
 """
 
 import asyncio

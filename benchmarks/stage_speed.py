@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from batchpipe.stages.connections import Connections
 from benchmarks.job_files import write_job
 from benchmarks.scratch import SCRATCH, emptied
 from benchmarks.stage_server import open_server
 from benchmarks.worker_side import transform_here
-from batchpipe.stages.connections import Connections
 
 RUNS = 5
 LINE = b"7,0.5," + b"x" * 90 + b"\n"
@@ -77,7 +77,7 @@ def under_wrk(url: str, body: bytes) -> float | None:
 
 
 def _worker(job: Path) -> float:
-    with emptied("output") as output:
+    with emptied("stage_output") as output:
         return transform_here(job, output)
 
 
