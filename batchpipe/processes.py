@@ -162,11 +162,16 @@ class WorkerProcesses:
 
 
 def _crash(text: str) -> str:
-    """What faulthandler printed last: the signal, and the innermost calls of the thread that it hit. Empty: nothing."""
+    """What faulthandler printed last: the signal, and the innermost calls of the thread that it hit. Empty: nothing.
+
+    Where it could not tell which thread that was, the calls are those of the first one it lists.
+    """
     _, fatal, dump = text.rpartition("Fatal Python error: ")
-    _, current, calls = dump.partition("Current thread ")
-    frames = [line for line in calls.splitlines()[1:] if line.startswith("  File ")]
-    return "\n".join([fatal + dump.splitlines()[0], *frames[:8]]) if fatal and current else ""
+    if not fatal:
+        return ""
+    _, _, calls = dump.partition("Current thread ")
+    frames = [line for line in (calls or dump).splitlines()[1:] if line.startswith("  File ")]
+    return "\n".join([fatal + dump.splitlines()[0], *frames[:8]])
 
 
 def available_cores() -> int:

@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ ENGINES = ["docker", "podman"]
 
 # The engine that CI insists on, where a skip is a failure. Read before `clean_environ` takes it away.
 REQUIRED = os.environ.get("BATCHPIPE_REQUIRE", "")
+
+
+# Who starts the tests in the background of a script has them ignore Ctrl-C, and with them all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
