@@ -4,7 +4,11 @@ import importlib
 import os
 import sys
 
-NAMES = ("help", "small", "flights", "splits", "stage_speed", "stage_overlap", "local_mode_loop", "memory")
+NAMES = (
+    *("help", "small", "flights", "splits"),
+    *("stage_speed", "stage_overlap", "local_mode_loop", "container_start"),
+    "memory",
+)
 """Cheapest first. `memory` needs 8 GB of disk and several minutes."""
 
 

@@ -1,4 +1,4 @@
-"""Twenty thousand lines beside the loop of SageMaker's local mode: one request at a time, buffers joined whole."""
+"""CSV lines beside our own copy of the loop of SageMaker's local mode: one request at a time, buffers joined whole."""
 
 import http.client
 import statistics

@@ -1,16 +1,18 @@
 """A stage that needs 50 ms a request, 64 in flight, beside the least time that allows: in one split and across 20."""
 
+import asyncio
 import statistics
 
 from benchmarks.job_files import write_job
 from benchmarks.scratch import SCRATCH, emptied
 from benchmarks.stage_server import open_server
+from benchmarks.stage_speed import bare_client
 from benchmarks.worker_side import transform_here
 
 RUNS = 3
 DELAY_S = 0.05
 IN_FLIGHT = 64
-REQUESTS = 6_400
+REQUESTS = 3_200
 LINE = b"7,0.5\n"
 
 
@@ -19,6 +21,8 @@ def main() -> None:
     SCRATCH.mkdir(parents=True, exist_ok=True)
     print("  request      splits    ideal s   worker s   overlap   (medians; aim: at least 0.95)")
     with open_server(DELAY_S) as url:
+        bare = [asyncio.run(bare_client(url, LINE, REQUESTS, IN_FLIGHT)) for _ in range(RUNS)]
+        _row("bare client", 1, statistics.median(bare))
         for records in (1, 10):
             size = len(LINE) * records * REQUESTS
             for splits in (1, 20):
@@ -39,11 +43,13 @@ def _measure(url: str, records: int, splits: int, size: int) -> None:
         stages=[{"name": "stage", "endpoint": {"url": url}, "content_type": "text/csv"}],
         output={"uri": "output", "format": "raw"},
     )
-    ideal = REQUESTS * DELAY_S / IN_FLIGHT
     seconds = []
     for _ in range(RUNS):
         with emptied("stage_output") as output:
             seconds.append(transform_here(job, output))
-    took = statistics.median(seconds)
-    name = f"{records} record{'s' if records > 1 else ''}"
-    print(f"  {name:10} {splits:8} {ideal:10.2f} {took:10.2f} {ideal / took:9.3f}", flush=True)
+    _row(f"{records} record{'s' if records > 1 else ''}", splits, statistics.median(seconds))
+
+
+def _row(name: str, splits: int, took: float) -> None:
+    ideal = REQUESTS * DELAY_S / IN_FLIGHT
+    print(f"  {name:11} {splits:7} {ideal:10.2f} {took:10.2f} {ideal / took:9.3f}", flush=True)

@@ -6,9 +6,19 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections import deque
 from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 
+import numpy as np
+
+from batchpipe.batch import ByteRecords, MiniBatch, Origins, concat_records
+from batchpipe.chain import new_stats, open_chain
+from batchpipe.invoke import FailureLimit
+from batchpipe.jobfile import load_job
+from batchpipe.orders import SINGLE_RECORDS_TOGETHER
+from batchpipe.stages import StageContext
 from batchpipe.stages.connections import Connections
 from benchmarks.job_files import write_job
 from benchmarks.scratch import SCRATCH, emptied
@@ -27,7 +37,7 @@ def main() -> None:
     """Print what the server can do, then the chain beside the bare client, pair by pair."""
     SCRATCH.mkdir(parents=True, exist_ok=True)
     with open_server() as url:
-        print("  requests/s         wrk      bare client          worker           ratio   (medians)")
+        print("  a second         wrk      bare     chain  ratio    worker  ratio   (medians; aims 0.9, 8,000)")
         for megabytes, requests in PAYLOADS:
             body = LINE * (megabytes * 2**20 // len(LINE)) or LINE
             path = SCRATCH / "stage_speed.csv"
@@ -41,11 +51,14 @@ def main() -> None:
                 output={"uri": "output", "format": "raw"},
             )
             limit = under_wrk(url, body)
-            pairs = [(asyncio.run(bare_client(url, body, requests)), _worker(job)) for _ in range(RUNS + 1)][1:]
-            _row(f"{megabytes} MB" if megabytes else "one record", limit, requests, pairs)
+            runs = [
+                (asyncio.run(bare_client(url, body, requests)), chain_alone(job, body, requests), _worker(job))
+                for _ in range(RUNS + 1)
+            ]
+            _row(f"{megabytes} MB" if megabytes else "one record", limit, requests, runs[1:])
 
 
-async def bare_client(url: str, body: bytes, requests: int) -> float:
+async def bare_client(url: str, body: bytes, requests: int, in_flight: int = IN_FLIGHT) -> float:
     """Seconds that the client alone needs, with the body at hand and the answers thrown away."""
     connections = Connections(url, {})
     left = iter(range(requests))
@@ -55,10 +68,24 @@ async def bare_client(url: str, body: bytes, requests: int) -> float:
             await connections.post(body, HEADERS, 60)
 
     started = time.perf_counter()
-    await asyncio.gather(*(post() for _ in range(IN_FLIGHT)))
+    await asyncio.gather(*(post() for _ in range(in_flight)))
     seconds = time.perf_counter() - started
     await connections._close_idle()
     return seconds
+
+
+def chain_alone(job_path: Path, body: bytes, requests: int) -> float:
+    """Seconds of the chain with mini-batches at hand: nothing is read, cut or written."""
+    job = load_job(job_path)
+    ends = np.flatnonzero(np.frombuffer(body, np.uint8) == ord("\n")).astype(np.int64) + 1
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    together = SINGLE_RECORDS_TOGETHER if len(ends) == 1 else 1
+    records = concat_records([ByteRecords(memoryview(body), starts, ends, "text/csv")] * together)
+    batch = MiniBatch(records, Origins.of_range(0, 0, np.zeros(len(records), np.int64)))
+    with open_chain(job, StageContext("", 0, Path(), Path()), None) as chain:
+        started = time.perf_counter()
+        deque(chain.stream(repeat(batch, requests // together), FailureLimit(0), new_stats()), maxlen=0)
+        return time.perf_counter() - started
 
 
 def under_wrk(url: str, body: bytes) -> float | None:
@@ -81,8 +108,10 @@ def _worker(job: Path) -> float:
         return transform_here(job, output)
 
 
-def _row(name: str, limit: float | None, requests: int, pairs: Sequence[tuple[float, float]]) -> None:
-    bare, worker = (requests / statistics.median(pair[i] for pair in pairs) for i in (0, 1))
-    ratio = statistics.median(bare_s / worker_s for bare_s, worker_s in pairs)
+def _row(name: str, limit: float | None, requests: int, runs: Sequence[tuple[float, float, float]]) -> None:
+    bare, chain, worker = (requests / statistics.median(run[i] for run in runs) for i in range(3))
+    of_chain, of_worker = (statistics.median(run[0] / run[i] for run in runs) for i in (1, 2))
     wrk = f"{limit:,.0f}" if limit else "no wrk"
-    print(f"  {name:12} {wrk:>9} {bare:16,.0f} {worker:15,.0f} {ratio:15.2f}", flush=True)
+    print(
+        f"  {name:10} {wrk:>9} {bare:9,.0f} {chain:9,.0f} {of_chain:6.2f} {worker:9,.0f} {of_worker:6.2f}", flush=True
+    )
