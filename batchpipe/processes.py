@@ -106,12 +106,13 @@ class WorkerProcesses:
         self._lost_in_a_row = 0
 
     def log_tail(self) -> str:
-        """The end of what the workers printed, newest worker first that printed anything."""
-        for worker in reversed(self._workers):
+        """The last crash that a worker printed, of those that were replaced too; else the end of what they printed."""
+        texts = []
+        for log in sorted(self._scratch.glob("worker-*.log"), key=lambda log: log.stat().st_mtime_ns, reverse=True):
             with contextlib.suppress(OSError):
-                if text := worker.log.read_text(errors="replace").strip():
-                    return _crash(text) or text[-1500:]
-        return ""
+                texts.append(log.read_text(errors="replace").strip())
+        crash = next((crash for text in texts if (crash := _crash(text))), "")
+        return crash or next((text[-1500:] for text in texts if text), "")
 
     def stop(self) -> None:
         """Kill all workers, and wait until they are gone: what they hold is pending, and journaled or given up."""

@@ -146,7 +146,7 @@ def test_G5_interrupted_run_leaves_no_server(
     run.send_signal(number)
 
     assert run.wait(20) == code
-    assert not servers()
+    until(lambda: not servers())
     assert jobs.is_released()
 
 
