@@ -3,9 +3,16 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Job", "Manifest", "__version__", "load_job", "run_chain", "run_job"]
+__all__ = ["Job", "Manifest", "__version__", "load_job", "redrive_job", "run_chain", "run_job"]
 
-_HOMES = {"Job": "job", "Manifest": "manifest", "load_job": "jobfile", "run_chain": "transform", "run_job": "runner"}
+_HOMES = {
+    "Job": "job",
+    "Manifest": "manifest",
+    "load_job": "jobfile",
+    "redrive_job": "runner",
+    "run_chain": "transform",
+    "run_job": "runner",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,17 +19,23 @@ Int64s: TypeAlias = NDArray[np.int64]
 class ByteRecords:
     """Records as slices of one buffer: record i is ``data[starts[i]:ends[i]]``, its terminator included.
 
-    ``content_type`` is the media type of each record, without parameters.
+    ``content_type`` is the media type of each record, without parameters; ``header`` the line of column names that
+    stands before them where a stage asks for it: no record, and not among the ``nbytes``.
     """
 
     data: memoryview
     starts: Int64s
     ends: Int64s
     content_type: str = "application/octet-stream"
+    header: bytes = b""
 
     @classmethod
     def of(cls, records: Sequence[bytes], content_type: str = "application/octet-stream") -> "ByteRecords":
         """Lay the records end to end in one buffer."""
+        if len(records) == 1:  # as most answers are where each record is a request of its own
+            return cls(
+                memoryview(records[0]), np.zeros(1, np.int64), np.array([len(records[0])], np.int64), content_type
+            )
         ends = np.cumsum(np.fromiter(map(len, records), np.int64, len(records)), dtype=np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(records) else ends
         return cls(memoryview(b"".join(records)), starts, ends, content_type)
@@ -39,7 +45,12 @@ class ByteRecords:
         """One after the other, in one buffer."""
         ends = np.cumsum(np.concatenate([part.ends - part.starts for part in parts]), dtype=np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
-        return cls(memoryview(b"".join(part.body() for part in parts)), starts, ends, parts[0].content_type)
+        first, data = parts[0], memoryview(b"".join(part.body() for part in parts))
+        return cls(data, starts, ends, first.content_type, first.header)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        packed = type(self).concat([self])  # a slice would take its whole buffer along
+        return _unpickle, (bytes(packed.data), packed.starts, packed.ends, self.content_type)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -59,11 +70,11 @@ class ByteRecords:
 
     def slice(self, start: int, stop: int) -> "ByteRecords":
         """Records start..stop-1, sharing the buffer."""
-        return ByteRecords(self.data, self.starts[start:stop], self.ends[start:stop], self.content_type)
+        return ByteRecords(self.data, self.starts[start:stop], self.ends[start:stop], self.content_type, self.header)
 
     def take(self, indices: Int64s) -> "ByteRecords":
         """The records at these places, sharing the buffer."""
-        return ByteRecords(self.data, self.starts[indices], self.ends[indices], self.content_type)
+        return ByteRecords(self.data, self.starts[indices], self.ends[indices], self.content_type, self.header)
 
     def body(self) -> memoryview:
         """All records as one run of bytes; a slice of the buffer where they are contiguous."""
@@ -76,6 +87,10 @@ class ByteRecords:
     def to_list(self) -> list[bytes]:
         """Each record as bytes of its own."""
         return [bytes(self[i]) for i in range(len(self))]
+
+
+def _unpickle(data: bytes, starts: Int64s, ends: Int64s, content_type: str) -> ByteRecords:
+    return ByteRecords(memoryview(data), starts, ends, content_type)
 
 
 Records: TypeAlias = ByteRecords | pa.Table
@@ -131,6 +146,10 @@ class Origins:
         """The origins at these places."""
         return Origins(self.ranges[indices], self.ordinals[indices], self.offsets[indices])
 
+    def order(self) -> Int64s:
+        """Places of the records in the order in which they were read."""
+        return np.lexsort((self.ordinals, self.ranges))
+
     @classmethod
     def concat(cls, parts: Sequence["Origins"]) -> "Origins":
         """One after the other."""
@@ -138,6 +157,9 @@ class Origins:
             return parts[0]
         columns = [[getattr(part, name) for part in parts] for name in ("ranges", "ordinals", "offsets")]
         return cls(*(np.concatenate(column) for column in columns))
+
+
+NO_ORIGINS = Origins.of_range(0, 0, np.empty(0, np.int64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,20 +10,25 @@ from collections import defaultdict, deque
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from copy import copy
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from batchpipe.batch import MiniBatch, Records
 from batchpipe.errors import PoolError
-from batchpipe.invoke import FailedRecord, FailureLimit, Outcome, invoke
+from batchpipe.invoke import FailedRecord, FailureLimit, Invoker, Outcome
 from batchpipe.job import Job
 from batchpipe.manifest import StageStats
 from batchpipe.stages import InvocationFailed, OpenStage, StageContext, open_stage
 from batchpipe.stages.callable import CallableStage
+from batchpipe.stages.child import ChildStage
 from batchpipe.stages.http import HttpStage
 from batchpipe.stages.watcher import Watcher
+
+TICK_S = 0.1
 
 
 class StageRefused(Exception):
@@ -42,14 +47,35 @@ class Chain:
         self, stages: Sequence[OpenStage], max_retries: Sequence[int], loop: asyncio.AbstractEventLoop
     ) -> None:
         self.stages = tuple(stages)
-        self._max_retries = tuple(max_retries)
+        self._invokers = [Invoker(stage, retries) for stage, retries in zip(stages, max_retries, strict=True)]
         self._loop = loop
         self._free = [asyncio.Semaphore(stage.concurrency) for stage in stages]
+
+    def with_children(self, job: Job, watcher: Watcher, scratch: Path) -> "Chain":
+        """The same chain with each callable in a process of its own, for splits that lost their worker.
+
+        Servers, and how many requests each may have in flight, are shared with this one.
+        """
+        isolated = copy(self)
+        isolated._invokers, isolated._free = list(self._invokers), list(self._free)
+        stages = list(self.stages)
+        for place, (stage, spec) in enumerate(zip(self.stages, job.stages, strict=True)):
+            if isinstance(stage, CallableStage):
+                stages[place] = child = ChildStage(spec, job, stage, watcher, scratch)
+                isolated._invokers[place] = Invoker(child, spec.invocations_max_retries)
+                isolated._free[place] = asyncio.Semaphore(child.concurrency)
+        isolated.stages = tuple(stages)
+        return isolated
 
     @property
     def takes_tables(self) -> bool:
         """Whether the first stage is given tables, so that text must be parsed before it."""
         return self.stages[0].takes_table
+
+    @property
+    def takes_header(self) -> bool:
+        """Whether the first stage wants the names of columns before records of CSV."""
+        return isinstance(self.stages[0], HttpStage) and self.stages[0].exchange.header
 
     def advice(self) -> dict[str, dict[str, object]]:
         """What servers said of themselves, by stage; nothing for callables."""
@@ -97,16 +123,22 @@ class Chain:
     async def _transform(self, batch: MiniBatch, limit: FailureLimit, stats: dict[str, StageStats]) -> Outcome:
         """One mini-batch through the whole chain; places stay those of the mini-batch as it was sent."""
         outcome = Outcome(batch.records, np.arange(len(batch), dtype=np.int64))
-        for stage, retries, free in zip(self.stages, self._max_retries, self._free, strict=True):
+        for invoker, free in zip(self._invokers, self._free, strict=True):
             if outcome.records is None or not len(outcome.places):
                 break
             async with free:
-                answer = await invoke(stage, outcome.records, retries, limit, stats)
+                answer = await invoker.invoke(outcome.records, limit, stats)
             outcome = _compose(outcome, answer)
         return outcome
 
     def _start(self, coroutine: Coroutine[Any, Any, Outcome]) -> "Future[Outcome]":
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close_children(self) -> None:
+        """Close what `with_children` added; all else belongs to the chain it was made of."""
+        for stage in self.stages:
+            if isinstance(stage, ChildStage):
+                stage.close()
 
     def __enter__(self) -> Self:
         return self
@@ -145,20 +177,24 @@ def _compose(before: Outcome, answer: Outcome) -> Outcome:
     )
 
 
-def open_chain(job: Job, context: StageContext, watcher: Watcher | None) -> Chain:
+def open_chain(job: Job, context: StageContext, watcher: Watcher | None, ended: threading.Event | None = None) -> Chain:
     """Open all stages of a job, side by side; `watcher` is that of the worker, where there are processes to start.
 
-    Raises the first error, with everything that was opened closed again and what was still starting given up.
+    Raises the first error, with everything that was opened closed again and what was still starting given up. Setting
+    `ended` gives all of them up.
     """
-    cancelled = threading.Event()
+    cancelled, first = threading.Event(), None
     loop = asyncio.new_event_loop()
     threading.Thread(target=_run, args=(loop,), name="chain", daemon=True).start()
     with ThreadPoolExecutor(len(job.stages), thread_name_prefix="open") as threads:
         opening = [threads.submit(open_stage, stage, job, context, watcher, cancelled) for stage in job.stages]
-        done, _ = wait(opening, return_when=FIRST_EXCEPTION)
-        first = next((error for future in done if (error := future.exception())), None)
-        if first is not None:
-            cancelled.set()
+        waiting = set(opening)
+        while waiting and not cancelled.is_set():
+            done, waiting = wait(waiting, timeout=TICK_S, return_when=FIRST_EXCEPTION)
+            first = first or next((error for future in done if (error := future.exception())), None)
+            if first or (ended and ended.is_set()):
+                cancelled.set()
+    first = first or next((error for future in opening if (error := future.exception())), None)
     if first is not None:
         for future in opening:
             if future.exception() is None:

@@ -130,46 +130,90 @@ def _pairs(given: tuple[str, ...], option: str) -> Mapping[str, str]:
     return dict(each.split("=", 1) for each in given)
 
 
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `run` and `redrive` share."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of unexpected errors."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+        click.option(
+            "--progress", type=click.Choice(["auto", "bar", "log", "none"]), default="auto", help="On stderr."
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object."),
+        click.option("--workers", type=click.IntRange(1), metavar="N", help="Workers, in place of compute.workers."),
+        click.option(
+            "--wait",
+            "wait_s",
+            type=float,
+            default=0.0,
+            metavar="S",
+            help="Seconds to wait for another run in the output.",
+        ),
+        click.option("--restart", is_flag=True, help="Drop an unfinished run in the output and begin anew."),
+    ):
+        command = option(command)
+    return command
+
+
 @commands.command()
 @_job_options
 @click.option("--run-id", help="The run's id; by default it follows from the job and its inputs.")
-@click.option("--restart", is_flag=True, help="Drop an unfinished run in the output and begin anew.")
-@click.option(
-    "--wait", "wait_s", type=float, default=0.0, metavar="S", help="Seconds to wait for another run in the output."
-)
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Workers, in place of compute.workers.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object.")
-@click.option("--progress", type=click.Choice(["auto", "bar", "log", "none"]), default="auto", help="On stderr.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of unexpected errors.")
-def run(job: str, variables: Any, settings: Any, **options: Any) -> None:
+@_run_options
+def run(**options: Any) -> None:
     """Run a job, or resume it; a no-op if it is done."""
     from pathlib import Path
 
-    from batchpipe.progress import choose_progress
     from batchpipe.runner import run_job
     from batchpipe.summary import summarize
 
-    loaded = _load(job, variables, settings, options["workers"])
-    quiet = options["quiet"]
-    show = choose_progress("none" if quiet else options["progress"], _command_line())
+    manifest, moved = _run(run_job, options)
+    _print_result(manifest, options, lambda next_: summarize(manifest, Path.cwd(), was_done=not moved, redrive=next_))
+
+
+@commands.command()
+@_job_options
+@click.option("--run-id", help="The run to redrive, where output.uri has ${run_id} in it.")
+@_run_options
+def redrive(**options: Any) -> None:
+    """Send the quarantined records of a finished run through the job as it is now, or resume that."""
+    from pathlib import Path
+
+    from batchpipe.runner import redrive_job
+    from batchpipe.summary import summarize
+
+    manifest, moved = _run(redrive_job, options)
+    if moved or manifest.accounts.quarantined:
+        _print_result(
+            manifest, options, lambda next_: summarize(manifest, Path.cwd(), was_done=not moved, redrive=next_)
+        )
+    else:
+        text = f"{manifest.name} {manifest.run_id}: no record is quarantined, nothing to redrive"
+        _print_result(manifest, options, lambda _: text)
+
+
+def _run(function: Callable[..., "Manifest"], options: Mapping[str, Any]) -> tuple["Manifest", bool]:
+    """Run a job by `run_job` or `redrive_job`; the manifest, and whether anything had to be done for it."""
+    from batchpipe.progress import choose_progress
+
+    job = _load(options["job"], options["variables"], options["settings"], options["workers"])
+    show = choose_progress("none" if options["quiet"] else options["progress"], _command_line())
     steps = set()
 
     def watch(progress: "Progress") -> None:
         steps.add(progress.step)
         show(progress)
 
-    manifest = run_job(
-        loaded,
-        run_id=options["run_id"],
-        restart=options["restart"],
-        wait_s=options["wait_s"],
-        on_progress=watch,
-    )
+    given = {name: options[name] for name in ("run_id", "restart", "wait_s")}
+    return function(job, **given, on_progress=watch), bool(steps)
+
+
+def _print_result(manifest: "Manifest", options: Mapping[str, Any], text: Callable[[str], str]) -> None:
+    import shlex
+
     if options["as_json"]:
         click.echo(manifest.model_dump_json())
-    elif not quiet:
-        click.echo(summarize(manifest, Path.cwd(), was_done=not steps))
+    elif not options["quiet"]:
+        same = [f"--var={each}" for each in options["variables"]] + [f"--set={each}" for each in options["settings"]]
+        click.echo(text(shlex.join(["batchpipe", "redrive", options["job"], *same])))
 
 
 def _command_line() -> str:
@@ -276,15 +320,21 @@ def clean(output: str | None, unfinished: bool) -> None:
 @click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A keyword argument, as in YAML.")
 @click.option("--columns", default="", metavar="A,B,...", help="Names of the fields of CSV without a header.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="Threads that may call it at once.")
+@click.option("--host", help="The address to listen on; 127.0.0.1, but all of them as an image that is told to serve.")
 @click.argument("contract", required=False, type=click.Choice(["serve"]), metavar="")
-def serve(reference: str, params: tuple[str, ...], columns: str, threads: int, contract: str | None) -> None:  # noqa: ARG001 - engines append `serve` to an image's command
+def serve(
+    reference: str, params: tuple[str, ...], columns: str, threads: int, host: str | None, contract: str | None
+) -> None:
     """Serve a callable as a stage: /ping, /execution-parameters and /invocations."""
     import yaml
 
+    from batchpipe.serve import EVERYWHERE, LOOPBACK
     from batchpipe.serve import serve as serve_callable
 
+    host = host or (EVERYWHERE if contract else LOOPBACK)  # engines append `serve` to an image's command
+
     values = {name: yaml.safe_load(value) for name, value in _pairs(params, "--param").items()}
-    serve_callable(reference, values, [name for name in columns.split(",") if name], threads=threads)
+    serve_callable(reference, values, [name for name in columns.split(",") if name], threads=threads, host=host)
 
 
 @commands.command()

@@ -60,8 +60,8 @@ def holds_many(content_type: str) -> bool:
 def encode(records: Records, content_type: str, *, header: bool = False, request_key: str = "") -> Body:
     """Return the body of one request that holds all records. Raises ContentError.
 
-    ``header`` puts column names before the rows of a table sent as CSV, ``request_key`` wraps JSON:
-    ``{"instances": [...]}``. A type that is not `holds_many` takes exactly one record.
+    ``header`` puts column names before the rows of a table sent as CSV, and before CSV records that know theirs;
+    ``request_key`` wraps JSON: ``{"instances": [...]}``. A type that is not `holds_many` takes exactly one record.
     """
     media_type, _ = parse_content_type(content_type)
     if isinstance(records, pa.Table):
@@ -76,7 +76,7 @@ def encode(records: Records, content_type: str, *, header: bool = False, request
         return _wrap(b",".join([bytes(records[i]).strip() for i in range(len(records))]), request_key)
     if media_type == ARROW:
         return records.body()
-    return _lines(records)
+    return b"".join([records.header, _lines(records)]) if header and records.header else _lines(records)
 
 
 def decode(body: bytes, content_type: str, *, answer_key: str = "") -> Records:
@@ -102,7 +102,7 @@ def encode_one(record: Records, content_type: str, *, header: bool = False, requ
     media_type, _ = parse_content_type(content_type)
     if media_type != JSON or request_key:
         return encode(record, content_type, header=header, request_key=request_key)
-    return bytes(encode(record, JSON_LINES)).strip()
+    return bytes(encode(record, JSON))[1:-1]  # an array of one
 
 
 def decode_one(body: bytes, content_type: str, *, answer_key: str = "") -> Records:
@@ -112,6 +112,15 @@ def decode_one(body: bytes, content_type: str, *, answer_key: str = "") -> Recor
         return decode(body, content_type, answer_key=answer_key)
     body = _to_utf8(body, parameters.get("charset", "utf-8"), media_type)
     return ByteRecords.of([body], media_type or "application/octet-stream")
+
+
+def can_be_sent(records: Records, content_type: str) -> bool:
+    """Whether records of this kind can be sent as this type at all; a single one may hold what cannot (an infinity)."""
+    media_type, _ = parse_content_type(content_type)
+    if isinstance(records, pa.Table):
+        is_flat = not any(pa.types.is_nested(column.type) for column in records.schema)
+        return media_type in TABULAR and (is_flat or media_type != CSV)
+    return media_type not in TABULAR or _fits(records.content_type, media_type)
 
 
 def _fits(have: str, wanted: str) -> bool:

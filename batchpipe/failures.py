@@ -1,23 +1,76 @@
-"""Failed records as an error: which one, where it lies, why, and what to type next. Pure."""
+"""How many records may fail; and failed records as an error: which one, where it lies, why, what to type next. Pure."""
+
+from fractions import Fraction
+from functools import cached_property
+from math import ceil
 
 from batchpipe.errors import RecordsFailedError
-from batchpipe.job import Job
+from batchpipe.formats.compression import compression_of
+from batchpipe.job import Job, OnErrorSpec
 from batchpipe.manifest import Failure
+from batchpipe.plan import Inputs
 from batchpipe.redact import clean_uri
 from batchpipe.schedule import Tally
 
 
-def too_many_failed(job: Job, tally: Tally, quarantine: str, line: int | None = None) -> RecordsFailedError:
-    """The error that ends a run which lost more records than it may, naming the first one, with its line if known."""
-    first, failed = tally.failures[0], tally.accounts.quarantined
-    allowed = job.on_error.max_failed_records
-    budget = f"{allowed:,} allowed" if allowed is not None else f"{job.on_error.max_failed_percent:g} % allowed"
+class Budget:
+    """How many records of a run may fail, and whether more did; of `records` in all where that is known before."""
+
+    def __init__(self, job: Job, inputs: Inputs, records: int | None = None) -> None:
+        self._limits = job.on_error
+        self._spec = job.input
+        self._inputs = inputs
+        self._records = records
+
+    def is_exceeded(self, tally: Tally, *, at_end: bool = False) -> bool:
+        """Whether more records failed than may; of a percentage, whether that is certain whatever is still unread."""
+        percent, failed = self._limits.max_failed_percent, tally.accounts.quarantined
+        if not failed or is_beyond_records(self._limits, failed):
+            return failed > 0
+        if percent is None:
+            return False
+        most = self._records or (tally.accounts.read if at_end else self._most_records(tally))
+        return most is not None and 100 * failed > Fraction(str(percent)) * most
+
+    def _most_records(self, tally: Tally) -> int | None:
+        """The most records there can be: of text, every unread byte may be one. None where nobody knows."""
+        if self._spec.format == "object":
+            return self._inputs.count
+        if self._spec.format == "parquet" or self._has_compressed:
+            return None
+        return tally.accounts.read + self._inputs.bytes - tally.bytes_read
+
+    @cached_property
+    def _has_compressed(self) -> bool:
+        return any(compression_of(found.uri, self._spec.compression) != "none" for found in self._inputs)
+
+
+def is_beyond_records(limits: OnErrorSpec, failed: int) -> bool:
+    """Whether more records failed than the job allows by their number."""
+    return limits.max_failed_records is not None and failed > limits.max_failed_records
+
+
+def too_many_failed(
+    job: Job, tally: Tally, quarantine: str, line: int | None = None, *, redriven_of: int | None = None
+) -> RecordsFailedError:
+    """The error that ends a run which lost more records than it may, naming the first one, with its line if known.
+
+    `redriven_of` is how many records the run had that is redriven.
+    """
+    first, failed, limits = tally.failures[0], tally.accounts.quarantined, job.on_error
+    read, verb = redriven_of or tally.accounts.read, "redrive" if redriven_of else "run"
+    if is_beyond_records(limits, failed):
+        budget, remedy = f"{limits.max_failed_records:,} allowed", f"max_failed_records={failed}"
+    else:
+        enough = ceil(100_000 * failed / read) / 1_000
+        budget = f"{limits.max_failed_percent:g} % of {read:,} allowed"
+        remedy = f"max_failed_percent={enough:g}"
     count = "1 record" if failed == 1 else f"{failed:,} records"
     kept = f"{tally.settled:,} of {tally.splits:,} splits are kept"
     return RecordsFailedError(
         f"stage {first.stage!r} failed for {count}, {budget}: {_why(first)}",
         where=f"{describe_failure(first, line)}; kept in {clean_uri(quarantine)}",
-        next=f"allow it and resume, {kept}: batchpipe run {job.path} --set on_error.max_failed_records={failed}",
+        next=f"allow it and resume, {kept}: batchpipe {verb} {job.path} --set on_error.{remedy}",
     )
 
 

@@ -4,17 +4,26 @@ import asyncio
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
+from typing import TypeAlias
 
 import numpy as np
 
-from batchpipe.batch import Int64s, Records, concat_records, slice_records
+from batchpipe.batch import ByteRecords, Int64s, Records, concat_records, slice_records
+from batchpipe.errors import RecordsFailedError
 from batchpipe.manifest import StageStats
 from batchpipe.stages import Answer, InvocationFailed, OpenStage, Remedy
 
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 60.0
+FAILURES_IN_A_ROW = 100
+"""Records that fail one after the other before a stage must show that it still answers anything."""
+DEATH_WEIGHT = 5
+"""What the death of a server counts for among those failures: each costs the start of another one."""
+DEATHS_THAT_PROVE = 2
+
+Stats: TypeAlias = dict[str, StageStats]
 
 NONE: Int64s = np.empty(0, np.int64)
 
@@ -74,72 +83,182 @@ class FailureLimit:
         return self.allowed is not None and self.found > self.allowed
 
 
-async def invoke(
-    stage: OpenStage, records: Records, max_retries: int, limit: FailureLimit, stats: dict[str, StageStats]
-) -> Outcome:
-    """Send records to a stage and return what became of each one.
+class Invoker:
+    """An open stage, how often it is asked again, and what was learned of it so far. Belongs to a worker's chain."""
 
-    At most about 2 x log2(n) invocations for each record that fails, and none once the limit is spent: the
-    records not tried then appear nowhere in the outcome. Raises InvocationFailed where the stage breaks its contract.
-    """
-    if limit.is_spent:
-        return Outcome(None, NONE)
-    if len(records) > 1 and stage.takes_one(records):
-        return await _invoke_each(stage, records, max_retries, limit, stats)
-    attempts = 0
-    while True:
-        attempts += 1
+    def __init__(self, stage: OpenStage, max_retries: int) -> None:
+        self.stage = stage
+        self._max_retries = max_retries
+        self._proof: Records | None = None
+        """A record that the stage answered: asked again, it tells bad records from a stage that answers no more."""
+        self._failed_in_row = 0
+        self._patience = FAILURES_IN_A_ROW
+        self._too_large: int | None = None
+        """Bytes of the smallest mini-batch that was too large for the stage: as many are not sent again."""
+
+    async def invoke(self, records: Records, limit: FailureLimit, stats: Stats) -> Outcome:
+        """Send records to the stage and return what became of each one.
+
+        At most about 2 x log2(n) invocations for each record that fails, and none once the limit is spent: the
+        records not tried then appear nowhere in the outcome. Raises InvocationFailed where the stage breaks its
+        contract, RecordsFailedError where it fails for whatever it is sent.
+        """
+        return await self._settle(records, _Search(limit, stats, self._max_retries, self.stage.is_exclusive))
+
+    async def _settle(self, records: Records, search: "_Search") -> Outcome:
+        if search.limit.is_spent:
+            return Outcome(None, NONE)
+        if len(records) > 1 and self.stage.takes_one(records):
+            return await self._each(records, search)
+        if len(records) > 1 and self._too_large is not None and records.nbytes >= self._too_large:
+            return await self._halves(records, search)
+        tries = _Tries(search, is_single=len(records) == 1)
+        while True:
+            try:
+                answer = await self._attempt(records, search.stats, alone=tries.alone)
+            except InvocationFailed as failure:
+                if failure.remedy is Remedy.NONE:
+                    raise
+                delay_s = tries.delay_s(failure)
+                if failure.remedy is Remedy.DIED:
+                    await self._doubt(failure, weight=DEATH_WEIGHT)
+                if delay_s is None:
+                    return await self._give_up(records, search, tries, failure)
+                await asyncio.sleep(delay_s)
+            else:
+                self._failed_in_row = 0
+                self._proof = _one_of(records) if self._proof is None else self._proof
+                return _answered(answer, len(records), self.stage.name, search.stats)
+
+    async def _give_up(self, records: Records, search: "_Search", tries: "_Tries", why: InvocationFailed) -> Outcome:
+        """After the last attempt: a single record has failed, others are sought by halving."""
+        if len(records) > 1:
+            if why.remedy is Remedy.RETRY and not search.is_halving:
+                await self._prove(why)  # every attempt failed, with backoff: is it there at all?
+            if why.remedy is Remedy.SMALLER:
+                self._too_large = min(records.nbytes, self._too_large or records.nbytes)
+            return await self._halves(records, search.halved(alone=tries.alone))
+        search.limit.found += 1
+        search.stats[self.stage.name] += StageStats(failed=1)
+        await self._doubt(why, weight=1)
+        return Outcome(None, NONE, (FailedRecord(0, self.stage.name, why, tries.attempts),))
+
+    async def _halves(self, records: Records, search: "_Search") -> Outcome:
+        middle = len(records) // 2
+        left = await self._settle(slice_records(records, 0, middle), search)
+        right = await self._settle(slice_records(records, middle, len(records)), search)
+        return Outcome.merge([(0, left), (middle, right)])
+
+    async def _each(self, records: Records, search: "_Search") -> Outcome:
+        """Send a stage that takes one record a request each by itself: one that fails is tried again alone, at once."""
+        outcomes: dict[int, Outcome] = {}
+        places = iter(range(len(records)))
+
+        async def run() -> None:
+            for i in places:
+                outcomes[i] = await self._settle(slice_records(records, i, i + 1), search)
+
+        running = [asyncio.ensure_future(run()) for _ in range(min(self.stage.concurrency, len(records)))]
         try:
-            return _answered(await _attempt(stage, records, stats), len(records), stage.name, stats)
-        except InvocationFailed as failure:
-            if failure.remedy is Remedy.NONE:
+            await asyncio.gather(*running)
+        finally:
+            for runner in running:
+                runner.cancel()
+        return Outcome.merge(sorted(outcomes.items(), key=itemgetter(0)))
+
+    async def _attempt(self, records: Records, stats: Stats, *, alone: bool) -> Answer:
+        started = time.perf_counter()
+        try:
+            return await self.stage.invoke(records, alone=alone)
+        finally:
+            seconds = time.perf_counter() - started
+            stats[self.stage.name] += StageStats(invocations=1, records=len(records), seconds=seconds)
+
+    async def _doubt(self, why: InvocationFailed, weight: int) -> None:
+        """Count what failed in a row. Where it is much the stage must prove itself, and then twice as much may fail."""
+        self._failed_in_row += weight
+        if self._proof is not None and self._failed_in_row >= self._patience:
+            self._failed_in_row = 0  # others that fail meanwhile need not ask as well
+            try:
+                await self._prove(why)
+            except RecordsFailedError:
+                self._failed_in_row = self._patience  # a split that is run again hears of it at its first failure
                 raise
-            if failure.remedy is not Remedy.RETRY or attempts > max_retries:
-                why = failure
-                break
-            await asyncio.sleep(_delay_s(attempts, failure.retry_after_s))
-    if len(records) == 1:
-        limit.found += 1
-        stats[stage.name] += StageStats(failed=1)
-        return Outcome(None, NONE, (FailedRecord(0, stage.name, why, attempts),))
-    middle = len(records) // 2
-    # A halving gets at most one quick second attempt: the whole mini-batch has had its backoff.
-    retries = min(max_retries, 1)
-    left = await invoke(stage, slice_records(records, 0, middle), retries, limit, stats)
-    right = await invoke(stage, slice_records(records, middle, len(records)), retries, limit, stats)
-    return Outcome.merge([(0, left), (middle, right)])
+            self._patience *= 2
+
+    async def _prove(self, why: InvocationFailed) -> None:
+        """Ask the stage again for what it answered before: where it answers, the records that failed are at fault.
+
+        Raises RecordsFailedError where it does not: a stage that is broken costs one error and not every record.
+        """
+        tries = _Tries(_Search(FailureLimit(None), {}, self._max_retries, why.remedy is Remedy.DIED), is_single=True)
+        while self._proof is not None:
+            try:
+                await self.stage.invoke(self._proof, alone=tries.alone)
+                return
+            except InvocationFailed as failure:
+                if (delay_s := tries.delay_s(failure)) is None:
+                    raise self._broken(failure) from why
+                await asyncio.sleep(delay_s)
+
+    def _broken(self, failure: InvocationFailed) -> RecordsFailedError:
+        message = f"stage {self.stage.name!r} fails for whatever it is sent, also for a record that it answered before"
+        return RecordsFailedError(
+            f"{message}: {failure}",
+            where=failure.location,
+            next="mend the stage; the same command then resumes the run, and finished splits are kept",
+        )
 
 
-async def _invoke_each(
-    stage: OpenStage, records: Records, max_retries: int, limit: FailureLimit, stats: dict[str, StageStats]
-) -> Outcome:
-    """Send a stage that takes one record a request each by itself: one that fails is tried again alone, at once."""
-    outcomes: dict[int, Outcome] = {}
-    places = iter(range(len(records)))
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What an invocation and its halvings share: the split's limit and account, further attempts, sent alone or not."""
 
-    async def run() -> None:
-        for i in places:
-            outcomes[i] = await invoke(stage, slice_records(records, i, i + 1), max_retries, limit, stats)
+    limit: FailureLimit
+    stats: Stats
+    retries: int
+    alone: bool
+    is_halving: bool = False
 
-    running = [asyncio.ensure_future(run()) for _ in range(min(stage.concurrency, len(records)))]
-    try:
-        await asyncio.gather(*running)
-    finally:
-        for runner in running:
-            runner.cancel()
-    return Outcome.merge(sorted(outcomes.items(), key=itemgetter(0)))
+    def halved(self, *, alone: bool) -> "_Search":
+        """A halving gets at most one quick second attempt: the whole mini-batch has had its backoff."""
+        return replace(self, retries=min(self.retries, 1), alone=alone, is_halving=True)
 
 
-async def _attempt(stage: OpenStage, records: Records, stats: dict[str, StageStats]) -> Answer:
-    started = time.perf_counter()
-    try:
-        return await stage.invoke(records)
-    finally:
-        seconds = time.perf_counter() - started
-        stats[stage.name] += StageStats(invocations=1, records=len(records), seconds=seconds)
+class _Tries:
+    """The attempts at one invocation, and whether another one may help.
+
+    A death proves little: it may have been another request's doing, or chance. So the same records are sent once more
+    with nothing beside them, and a single record has failed only once its server died of it twice, alone.
+    """
+
+    def __init__(self, search: _Search, *, is_single: bool) -> None:
+        self.attempts = 0
+        self.alone = search.alone
+        self._retries = search.retries
+        self._is_single = is_single
+        self._retried = self._deaths = 0
+
+    def delay_s(self, failure: InvocationFailed) -> float | None:
+        """Count an attempt that failed; seconds until the next one, None where there is none."""
+        self.attempts += 1
+        if failure.remedy is Remedy.DIED:
+            was_alone, self.alone = self.alone, True
+            self._deaths += was_alone
+            return 0.0 if not was_alone or (self._is_single and self._deaths < DEATHS_THAT_PROVE) else None
+        if failure.remedy is not Remedy.RETRY or self._retried >= self._retries:
+            return None
+        self._retried += 1
+        return _delay_s(self._retried, failure.retry_after_s)
 
 
-def _answered(answer: Answer, sent: int, name: str, stats: dict[str, StageStats]) -> Outcome:
+def _one_of(records: Records) -> Records:
+    """The first record, in memory of its own: a slice would keep its whole mini-batch."""
+    one = slice_records(records, 0, 1)
+    return ByteRecords.of(one.to_list(), one.content_type) if isinstance(one, ByteRecords) else one.take([0])
+
+
+def _answered(answer: Answer, sent: int, name: str, stats: Stats) -> Outcome:
     if answer.kept is None:
         stats[name] += StageStats(answered=sent)
         return Outcome(answer.records, np.arange(sent, dtype=np.int64))
@@ -149,6 +268,6 @@ def _answered(answer: Answer, sent: int, name: str, stats: dict[str, StageStats]
 
 
 def _delay_s(attempts: int, retry_after_s: float | None) -> float:
-    """Exponential backoff with full jitter, never sooner than the server asked for."""
+    """Exponential backoff, half of it by chance so that workers spread; never sooner than the server asked for."""
     ceiling = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** (attempts - 1))
     return max(retry_after_s or 0.0, random.uniform(ceiling / 2, ceiling))

@@ -64,6 +64,12 @@ def _check_json_path(path: str) -> str:
     return path
 
 
+def _check_line(text: str) -> str:
+    if "\n" in text or "\r" in text:
+        raise expect("one line, without its end")
+    return text
+
+
 Percent = Annotated[float, Strict(), Field(ge=0, le=100, allow_inf_nan=False)]
 
 
@@ -92,7 +98,7 @@ class OnErrorSpec(Spec):
     max_failed_percent: Percent | None = Field(
         default=None, description="Most records that may fail, in percent of those read; no bound by default."
     )
-    placeholder: AnyText | None = Field(
+    placeholder: Annotated[AnyText, AfterValidator(_check_line)] | None = Field(
         default=None,
         description="Line written in the place of a failed record, for format csv and raw; none by default.",
     )
@@ -157,8 +163,8 @@ class Job(Spec):
 
     @model_validator(mode="after")
     def _blocks_fit(self) -> Self:
-        if self.on_error.placeholder is not None and self.output.format not in ("raw", "csv"):
-            raise refuse("on_error.placeholder", f"is for output.format raw or csv, and it is {self.output.format}")
+        if self.on_error.placeholder is not None:
+            self._placeholder_fits(self.on_error.placeholder)
         for uri in self.input.uri:
             if _is_read_from(uri, self.output.uri):
                 inside = f"{clean_uri(self.output.uri)!r} lies inside the input {clean_uri(uri)!r}"
@@ -168,6 +174,17 @@ class Job(Spec):
             if stage.count == "none" and counted:
                 raise refuse(f"stages.{index}.count", "none is for output.format raw without a join")
         return self
+
+    def _placeholder_fits(self, line: str) -> None:
+        if self.output.format not in ("raw", "csv"):
+            raise refuse("on_error.placeholder", f"is for output.format raw or csv, and it is {self.output.format}")
+        if self.output.format == "csv" and (not line or line.count('"') % 2):
+            why = "a blank line is no row" if not line else "its quote is not closed"
+            raise refuse("on_error.placeholder", f"is no row of output.format csv: {why}")
+        if uncounted := [index for index, stage in enumerate(self.stages) if stage.count == "none"]:
+            raise refuse(
+                f"stages.{uncounted[0]}.count", "none knows no record's place, where on_error.placeholder stands"
+            )
 
     @model_validator(mode="after")
     def _complete_blocks(self) -> Self:
@@ -194,10 +211,7 @@ class Job(Spec):
 
 def supported_or_raise(job: Job) -> None:
     """Refuse what the models know and this version cannot do, rather than leave it out in silence. Raises JobError."""
-    for key, is_used in (
-        ("data_processing", job.data_processing != DataProcessingSpec()),
-        ("on_error.placeholder", job.on_error.placeholder is not None),
-    ):
+    for key, is_used in (("data_processing", job.data_processing != DataProcessingSpec()),):
         if is_used:
             raise JobError(f"{job.path}: {key}: this version of batchpipe cannot do it yet", next="leave it out")
 
@@ -205,9 +219,10 @@ def supported_or_raise(job: Job) -> None:
 def fingerprint_document(job: Job) -> dict[str, Any]:
     """Return the part of *job* that decides its answers: what the fingerprint is made of, beside inputs and sources.
 
-    Left out are compute, on_error, timeouts, retries, concurrency, resource limits and storage options, so that these
-    can be changed and the run resumed; and keys at their default. Of environments, headers and URLs with a query only
-    the SHA-256 goes in; of credentials among the headers, and of queries of data (signatures), nothing.
+    Left out are compute, on_error but for its placeholder, timeouts, retries, concurrency, resource limits and storage
+    options, so that these can be changed and the run resumed; and keys at their default. Of environments, headers and
+    URLs with a query only the SHA-256 goes in; of credentials among the headers, and of queries of data (signatures),
+    nothing.
     Take it before `fill_run_id`: the default run id is made from it.
     """
     document = job.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=_NOT_IN_FINGERPRINT)
@@ -226,7 +241,7 @@ _NOT_IN_FINGERPRINT: Any = {
     "name": True,
     "python_path": True,
     "storage_options": True,
-    "on_error": True,
+    "on_error": {"max_failed_records", "max_failed_percent", "no_progress_timeout_s", "max_runtime_s"},
     "compute": True,
     "batch": {"max_concurrent_transforms"},
     "input": {"storage_options"},

@@ -9,11 +9,13 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from batchpipe.errors import OutputError
-from batchpipe.storage import Store, join
+from batchpipe.storage import ObjectMissingError, Store, join
 
 _SEGMENT = re.compile(r"(\d{6,})-(\d{8,})\.jsonl")
 FLUSH_S = 1.0
@@ -88,13 +90,15 @@ def open_journal(store: Store, folder: str) -> Journal:
 def _accepted(store: Store, folder: str) -> dict[int, int]:
     """The last segment of each epoch that counts: all of the newest, of the older ones what the newest accepted."""
     last: dict[int, int] = {}
+    begun: set[int] = set()
     # A kill may leave a file that was about to become a segment: it has another name, and never counts.
     named = (_SEGMENT.fullmatch(found.uri.rpartition("/")[2]) for found in store.iter_folder(folder))
     for epoch, number in (map(int, match.groups()) for match in named if match):
         last[epoch] = max(last.get(epoch, -1), number)
-    if not last:
+        begun |= {epoch} if number == 0 else set()
+    if not begun:  # what a late writer put where the journal has been removed is none
         return {}
-    newest = max(last)
+    newest = max(begun)
     first = json.loads(store.read(join(folder, _segment(newest, 0))).splitlines()[0])
     return {**{int(epoch): number for epoch, number in first["accepts"].items()}, newest: last[newest]}
 
@@ -103,8 +107,15 @@ def _entries(store: Store, folder: str, accepted: Mapping[int, int]) -> Iterator
     names = (_segment(epoch, number) for epoch, last in sorted(accepted.items()) for number in range(last + 1))
     with ThreadPoolExecutor(READERS, thread_name_prefix="journal") as threads:
         while some := [join(folder, name) for name in islice(names, READERS)]:
-            for data in threads.map(store.read, some):
+            for data in threads.map(partial(_read, store), some):
                 yield from map(json.loads, data.splitlines())
+
+
+def _read(store: Store, segment: str) -> bytes:
+    """A segment's lines; none where it is gone, for a kill came while the whole journal was being removed."""
+    with suppress(ObjectMissingError):
+        return store.read(segment)
+    return b""
 
 
 def _segment(epoch: int, number: int) -> str:

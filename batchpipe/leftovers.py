@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchpipe.orders import HIDDEN
-from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX
-from batchpipe.runs import RunFolder, discard_run, iter_pending, sweep_run, unfinished_runs
+from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX, SWEEP_PREFIX
+from batchpipe.publication import sweep
+from batchpipe.published import read_manifest
+from batchpipe.runs import RunFolder, discard_run, find_runs, iter_pending, remove_strays
 from batchpipe.stages.engine import EngineError, find_engine
 from batchpipe.stages.leftovers import find_started, remove_started
 from batchpipe.storage import Store, join
@@ -31,8 +33,8 @@ class Leftover:
 
 
 def find_on_host() -> list[Leftover]:
-    """Containers, networks and scratch folders of batchpipe on this host. No engine: no containers."""
-    return [*_started(), *_scratch_folders()]
+    """Containers, networks, scratch folders and unbegun sweeps of batchpipe on this host. No engine: no containers."""
+    return [*_started(), *_scratch_folders(), *_sweep_orders()]
 
 
 def clean_host() -> list[Leftover]:
@@ -46,18 +48,20 @@ def clean_host() -> list[Leftover]:
     for found in orphans:
         if found.kind == "scratch":
             shutil.rmtree(found.name, ignore_errors=True)
+        elif found.kind == "order":
+            Path(found.name).unlink(missing_ok=True)
     return orphans
 
 
 def find_in_output(store: Store, root: str) -> list[Leftover]:
-    """Unfinished runs of an output and its pending pieces. A piece is an orphan where no unfinished run is there."""
-    unfinished = unfinished_runs(store, root)
+    """Unfinished runs of an output and its pending pieces. A piece is an orphan where no such run may name it."""
+    (unfinished, strayed), seen = find_runs(store, root), dict[str, Leftover]()
     runs = [Leftover("run", join(root, HIDDEN, run), run, "", is_orphan=False) for run in unfinished]
-    seen: dict[str, Leftover] = {}
-    for run in unfinished or [""]:
+    for run in [*unfinished, *strayed] or [""]:
         for pending in iter_pending(store, RunFolder(root, run)):
             name = pending.uri or pending.staging
-            seen[pending.upload_id or pending.staging] = Leftover("piece", name, run, "", is_orphan=not unfinished)
+            piece = Leftover("piece", name, run, "", is_orphan=run not in unfinished)
+            seen.setdefault(pending.upload_id or pending.staging, piece)
     return [*runs, *seen.values()]
 
 
@@ -68,12 +72,15 @@ def clean_output(store: Store, root: str, *, drops_unfinished: bool) -> list[Lef
     """
     with store.lock(join(root, HIDDEN, "lock"), {"run": "clean"}):
         before = find_in_output(store, root)
-        for run in unfinished_runs(store, root) or [""]:
+        published = read_manifest(store, root)
+        unfinished, strayed = find_runs(store, root)
+        remove_strays(store, root, strayed)
+        for run in unfinished or [""]:
             folder = RunFolder(root, run)
-            if drops_unfinished and run:
+            if drops_unfinished and run and not (published and published.run_id == run):
                 discard_run(store, folder)
             else:
-                sweep_run(store, folder)
+                sweep(store, folder)
         kept = {found.name for found in find_in_output(store, root)}
     return [found for found in before if found.name not in kept]
 
@@ -94,3 +101,13 @@ def _scratch_folders() -> Iterator[Leftover]:
         except OSError:
             continue  # not ours, not readable, or removed just now
         yield Leftover("scratch", str(folder), str(owner.get("run", "")), str(owner.get("since", "")), is_dead(owner))
+
+
+def _sweep_orders() -> Iterator[Leftover]:
+    """What a killed run's watcher would have begun a sweep with: the watcher was killed too."""
+    for file in sorted(Path(tempfile.gettempdir()).glob(f"{SWEEP_PREFIX}*")):
+        try:
+            owner = dict(from_bytes(file.read_bytes()).get("owner") or {})
+        except OSError:
+            continue
+        yield Leftover("order", str(file), str(owner.get("run", "")), str(owner.get("since", "")), is_dead(owner))

@@ -51,7 +51,8 @@ class Failure:
     """A record that failed for good: which one, where, why, and the record itself.
 
     ``record`` counts from 0 within the object and is None until the earlier splits have settled; ``offset`` is
-    its first byte in the decompressed object, -1 where the format has none.
+    its first byte in the decompressed object, -1 where the format has none. ``traceback`` names the file below the
+    run's folder that holds the user's traceback, empty for none.
     """
 
     object: str
@@ -64,6 +65,7 @@ class Failure:
     message: str
     attempts: int = 1
     location: str = ""
+    traceback: str = ""
     payload: str = ""
     record: int | None = None
     line: int | None = None
@@ -121,6 +123,7 @@ class SplitResult:
     piece: dict[str, Any] | None
     """The pending output (`storage.Pending` as JSON), None where the split wrote nothing."""
     quarantine: dict[str, Any] | None = None
+    tracebacks: dict[str, Any] | None = None
     failures: tuple[Failure, ...] = ()
     """The first few failed records, for the error text; all of them are in the quarantine file."""
     stopped: bool = False
@@ -178,7 +181,11 @@ class Part(_Model):
     records: int = Field(description="Records in the file.")
     bytes: int = Field(description="Size of the file in bytes.")
     sha256: str = Field(description="SHA-256 of the file's bytes, in hexadecimal.")
+    placeholders: int = Field(0, description="Lines beside them that stand for failed records (on_error.placeholder).")
     splits: tuple[int, int] = Field(description="First and last split whose records the file holds.")
+    generation: int = Field(
+        default=0, description="0 for the run's own files, n for those that its n-th redrive added."
+    )
 
 
 class Input(_Model):
@@ -211,6 +218,14 @@ class RunAccounts(_Model):
     dropped: int
 
 
+class Generation(_Model):
+    """What a run added to the output, or a redrive of it."""
+
+    run_id: str = Field(description="Id of the run or the redrive.")
+    fingerprint: str = Field(description="SHA-256 over its inputs and the parts of its job that shape the output.")
+    accounts: RunAccounts = Field(description="A redrive reads what the generation before it quarantined.")
+
+
 class StageAccount(_Model):
     """What one stage did in the run."""
 
@@ -226,7 +241,7 @@ class Manifest(_Model):
     """What a run read, wrote and failed: written last, the only mark of success."""
 
     schema_version: int = Field(SCHEMA_VERSION, description="Version of this schema.")
-    run_id: str = Field(description="The run's id, its idempotency key.")
+    run_id: str = Field(description="The run's id, its idempotency key; after a redrive that of the redrive.")
     name: str = Field(description="The job's name.")
     fingerprint: str = Field(description="SHA-256 over the inputs and the parts of the job that shape the output.")
     input: tuple[str, ...] = Field(description="What was read: paths, URLs and globs, without user information.")
@@ -238,6 +253,10 @@ class Manifest(_Model):
     inputs: LongTable
     parts: LongTable
     accounts: RunAccounts
+    generations: tuple[Generation, ...] = Field(
+        description="What the run added, then what each redrive of it did. The accounts above are those of all "
+        "together; the stages, times, workers and splits below are those of the last."
+    )
     stages: dict[str, StageAccount]
     read_s: float = Field(description="Seconds spent reading, summed over workers.")
     write_s: float = Field(description="Seconds spent writing, summed over workers.")
@@ -253,6 +272,11 @@ class Manifest(_Model):
     failures: tuple[dict[str, Any], ...] = Field((), description="The first failed records; all are in the quarantine.")
 
     _open_dataset: Callable[[], Any] | None = PrivateAttr(None)
+
+    @property
+    def is_redriven(self) -> bool:
+        """Whether a redrive wrote this manifest."""
+        return len(self.generations) > 1
 
     def dataset(self) -> Any:
         """The published parts, and nothing else in the folder, as a `pyarrow.dataset.Dataset`.

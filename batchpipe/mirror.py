@@ -19,6 +19,7 @@ class Assembly:
     splits: tuple[int, int]
     """First and last split that the pieces are of."""
     written: int
+    quarantined: int
     pieces: tuple[str, ...]
     """URIs below the run's hidden folder: published there, so that any worker can read them."""
 

@@ -19,6 +19,16 @@ _ENDINGS = {"parquet": ".parquet", "csv": ".csv", "jsonl": ".jsonl", "raw": ".ou
 _COMPRESSED_ENDINGS = {"gzip": ".gz", "zstd": ".zst"}
 
 
+def quarantine_name(split: int) -> str:
+    """The file of a split's failed records, below the run's folder."""
+    return f"quarantine/split-{split:08d}.jsonl"
+
+
+def traceback_name(split: int) -> str:
+    """The file of the tracebacks of user code on a split's records, below the run's folder."""
+    return f"logs/tracebacks/split-{split:08d}.txt"
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where the pieces of one run go. A description, sent to workers."""
@@ -60,7 +70,11 @@ class Place:
 
     def quarantine_uri(self, split: Split) -> str:
         """Where the split's quarantined records will be seen."""
-        return join(self.job.output.uri, HIDDEN, self.run_id, "quarantine", f"split-{split.index:08d}.jsonl")
+        return join(self.job.output.uri, HIDDEN, self.run_id, quarantine_name(split.index))
+
+    def traceback_uri(self, split: Split) -> str:
+        """Where the tracebacks of user code on the split's records will be seen."""
+        return join(self.job.output.uri, HIDDEN, self.run_id, traceback_name(split.index))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +114,6 @@ class Orders:
 
     place: Place
     schemas: Schemas
-    allowed_failures: int | None
     version: str = __version__
 
     @property

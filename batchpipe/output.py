@@ -1,48 +1,46 @@
-"""The driver's side of an output: who may write it, what of the run is there already, publish, discard.
+"""The driver's side of an output that its run has claimed: what of the run is there already, publish, discard.
 
 Workers only ever write pending pieces; what is here alone makes them visible, and from the journaled commit on it
 only rolls forward (G2).
 """
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
+from heapq import merge
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
-from batchpipe.errors import BatchpipeError, JobError, LockedError, OutputError
+from batchpipe.fingerprint import Fingerprint
 from batchpipe.job import Job
-from batchpipe.journal import Journal, open_journal
-from batchpipe.manifest import Input, Manifest, SplitResult
+from batchpipe.manifest import Input, Manifest, Part, SplitResult
 from batchpipe.mirror import Assembly
-from batchpipe.orders import HIDDEN, Place
-from batchpipe.plan import Fingerprint
-from batchpipe.publication import PiecesLostError, is_committed, publish_committed, write_draft
-from batchpipe.published import iter_parts, read_manifest, with_dataset
-from batchpipe.redact import clean_uri
+from batchpipe.numbering import Numbering
+from batchpipe.orders import Place, quarantine_name
+from batchpipe.publication import (
+    PiecesLostError,
+    publish_committed,
+    write_draft,
+)
+from batchpipe.published import iter_parts, with_dataset, write_description
 from batchpipe.runs import (
     PieceSpool,
     RunFolder,
     RunState,
-    discard_each,
-    discard_run,
-    has_settled,
+    discard_named,
+    failed_of,
     iter_pending,
     key,
     key_of,
-    start_of,
+    remove_unsettled,
     sweep_run,
-    unfinished_runs,
     without_type,
 )
 from batchpipe.split import InputObject
-from batchpipe.storage import Lock, Pending, Store, join, open_store, relative
+from batchpipe.storage import Lock, Pending, Store, join, relative
 
-LOCK_POLL_S = 0.5
-SWEEP_S = 30.0
-"""How long the sweep of a killed run is waited for: who starts it again at once does not want to hear of it."""
+if TYPE_CHECKING:
+    from batchpipe.journal import Journal
 
 
 class Output:
@@ -55,6 +53,8 @@ class Output:
         self.store = store
         self.manifest: Manifest | None = None
         self.replaced: Manifest | None = None
+        self.redrives: Manifest | None = None
+        """The run whose quarantined records these are: its parts stay."""
         self.lock: Lock
         self.journal: Journal
         self.pieces: PieceSpool
@@ -66,32 +66,44 @@ class Output:
 
     @property
     def part_prefix(self) -> str:
-        """What names of parts begin with: the run is in it where an older run's parts lie beside."""
-        return f"part-{self.folder.run_id}-" if self.job.output.if_exists == "replace" else "part-"
+        """What names of parts begin with: the run is in it where an older run's parts lie beside.
+
+        Those of a redrive come after those of its run, for letters sort behind digits, and after those of earlier ones.
+        """
+        run = self.redrives.generations[0].run_id if self.redrives else self.folder.run_id
+        prefix = f"part-{run}-" if self.job.output.if_exists == "replace" else "part-"
+        return f"{prefix}redrive-{self.generation:03}-" if self.redrives else prefix
+
+    @property
+    def generation(self) -> int:
+        """0 for a run, n for its n-th redrive."""
+        return len(self.redrives.generations) if self.redrives else 0
 
     def replay(self) -> Iterator[SplitResult]:
         """Settled splits of earlier starts whose pieces are still there; then what nobody journaled is discarded."""
         state = RunState.of(self.journal.replay())
         self.is_resumed, self.started = bool(state.started), state.started or self.started
         self.schemas, self.assembled = state.schemas, state.assembled
-        present = {key(pending): pending for pending in iter_pending(self.store, self.folder)}
-        there = {*present, *(found.uri for found in self.store.iter_folder(self.folder / "pieces"))}
-        kept = set[str]()
+        unnamed = {key(pending) for pending in iter_pending(self.store, self.folder)}
+        apart = {found.uri for found in self.store.iter_folder(self.folder / "pieces")}
         if not state.has_begun_to_publish:
-            self.assembled = {each: one for each, one in self.assembled.items() if key_of(one["piece"]) in there}
+            self.assembled = {each: one for each, one in self.assembled.items() if key_of(one["piece"]) in unnamed}
+            unnamed -= {key_of(one["piece"]) for one in self.assembled.values()}
         for entry in self.journal.replay():
             piece = entry.get("piece") or {}
             if entry["type"] != "split" or (piece and key_of(piece) in state.lost):
                 continue
-            if piece and not state.has_begun_to_publish and not {key_of(piece), piece["uri"]} & there:
-                continue
-            kept |= {key_of(piece)} if piece else set()
+            if piece and not state.has_begun_to_publish:
+                if key_of(piece) not in unnamed and piece["uri"] not in apart:
+                    continue
+                unnamed.discard(key_of(piece))
             result = SplitResult.from_json(without_type(entry))
             self.pieces.add(result)
             yield result
         if not state.has_begun_to_publish:
-            kept |= {key_of(one["piece"]) for one in self.assembled.values()}
-            discard_each(self.store, (pending for name, pending in present.items() if name not in kept))
+            discard_named(self.store, self.folder, unnamed)
+        if self.is_resumed:
+            remove_unsettled(self.store, self.folder, self.pieces)
 
     def begin(self) -> None:
         """Write down what this run is, so that a later start knows whether it is the same."""
@@ -119,8 +131,8 @@ class Output:
         objects = iter(inputs)
         for index, group in groupby(self.pieces, key=lambda each: int(each[1]["objects"][0])):
             lines = list(group)
-            pieces = [Pending.from_json(line["piece"]) for _, line in lines]
-            if index in self.assembled or not pieces[0].uri.startswith(join(self.folder.uri, "")):
+            pieces = [Pending.from_json(line["piece"]) for _, line in lines if line["piece"]]
+            if not pieces or index in self.assembled or not pieces[0].uri.startswith(join(self.folder.uri, "")):
                 continue
             for piece in pieces:
                 self.store.publish(piece)
@@ -129,25 +141,42 @@ class Output:
                 uri=place.mirror_uri(next(found for found in objects if found.index == index)),
                 splits=(lines[0][0], lines[-1][0]),
                 written=sum(line["written"] for _, line in lines),
+                quarantined=sum(line["quarantined"] for _, line in lines),
                 pieces=tuple(piece.uri for piece in pieces),
             )
 
     def assembled_as(self, assembly: Assembly, piece: dict[str, Any]) -> None:
         """Journal that an object's pieces are one."""
-        self.assembled[assembly.object] = {"splits": assembly.splits, "written": assembly.written, "piece": piece}
+        counts = {"written": assembly.written, "quarantined": assembly.quarantined}
+        self.assembled[assembly.object] = {"splits": assembly.splits, **counts, "piece": piece}
         self.journal.append("assembled", object=assembly.object, **self.assembled[assembly.object])
 
     def keep_quarantine(self, result: SplitResult) -> None:
-        """Let a split's quarantined records be seen, in place of those of an earlier try."""
-        if result.quarantine:
-            pending = Pending.from_json(result.quarantine)
+        """Let a split's quarantined records and their tracebacks be seen, in place of those of an earlier try."""
+        for piece in filter(None, (result.quarantine, result.tracebacks)):
+            pending = Pending.from_json(piece)
             earlier = self.store.stat(pending.uri).version if self.store.exists(pending.uri) else None
+            # Whoever took the lock after we looked puts another version there, which refuses ours.
+            self.lock.renew()
             self.store.publish(pending, replaces=earlier)
+
+    def numberings(self, inputs: Iterable[InputObject], stopped: SplitResult | None) -> Iterator[Numbering]:
+        """The visible quarantine by the objects that its records are of; `stopped` is a split that has not settled."""
+        settled = ((split, line["failed"]) for split, line in self.pieces if "failed" in line)
+        extra = [(stopped.split, failed_of(stopped))] if stopped else []
+        objects = iter(inputs)
+        for wanted, group in groupby(merge(settled, extra, key=itemgetter(0)), key=lambda each: each[1]["objects"]):
+            files = ((self.folder / quarantine_name(split), failed["before"]) for split, failed in group)
+            yield Numbering(tuple(_pick(objects, wanted)), tuple(files))
 
     def publish(self, manifest: Manifest, inputs: Iterable[Input]) -> Manifest:
         """Write down what publishing needs, commit, make every piece visible, then the manifest."""
+        self.lock.renew()  # who has lost it has nothing to commit
         draft = manifest.model_copy(update={"finished": _now()})
-        write_draft(self.store, self.folder, draft, self._pieces(), inputs)
+        document, schemas = self.fingerprint.document, without_type(self.schemas)
+        write_description(self.store, self.folder.root, self.folder.run_id, document, schemas)
+        there = iter_parts(self.store, self.folder.root, self.redrives) if self.redrives else ()
+        write_draft(self.store, self.folder, draft, self._pieces(), inputs, there)
         self.journal.append("commit")
         self.journal.flush()
         self.lock.renew()
@@ -167,128 +196,34 @@ class Output:
             self.journal.flush()
             sweep_run(self.store, self.folder)
 
-    def _pieces(self) -> Iterator[tuple[Pending, int, tuple[int, int]]]:
+    def _pieces(self) -> Iterator[tuple[Pending, Part]]:
         """What becomes a part, in order: the piece of a split, or the one that an object's pieces were joined into."""
         for split, line in self.pieces:
             joined = self.assembled.get(line["objects"][0]) if line["objects"] else None
             if joined is None and line["piece"] is not None:
-                yield Pending.from_json(line["piece"]), line["written"], (split, split)
+                yield self._part(line, (split, split))
             elif joined is not None and joined["splits"][0] == split:
                 first, last = joined["splits"]
-                yield Pending.from_json(joined["piece"]), joined["written"], (first, last)
+                yield self._part(joined, (first, last))
 
-
-@contextmanager
-def open_output(
-    job: Job, run_id: str, fingerprint: Fingerprint, scratch: Path, *, restart: bool = False, wait_s: float = 0.0
-) -> Iterator[Output]:
-    """Hold the output for this run: lock it and find out what of the run is there.
-
-    Raises LockedError (75) if another run holds it, OutputError (7) if it holds something already, and JobError (2)
-    if an unfinished run of another id is there, or another job or input under this run id.
-    """
-    store, root = open_store(job.output.uri, job.output.storage_options), job.output.uri
-    output = Output(job, fingerprint, RunFolder(root, run_id), store)
-    with _lock(store, root, {"run": run_id, "job": job.name}, wait_s) as output.lock:
-        unfinished = unfinished_runs(store, root)
-        for run in [run for run in unfinished if is_committed(store, RunFolder(root, run))]:
-            _roll_forward(output, run)
-            unfinished.remove(run)
-        finished = read_manifest(store, root, job.output.storage_options)
-        if finished and finished.run_id == run_id:
-            _same_or_raise(output, finished)
-            output.manifest = finished
-            yield output
-            return
-        # A run that settled nothing is no loss: whoever mends the job after its first error need not ask for it.
-        for run in [
-            run for run in unfinished if restart or (run != run_id and not has_settled(store, RunFolder(root, run)))
-        ]:
-            discard_run(store, RunFolder(root, run))
-            unfinished.remove(run)
-        _no_other_run_or_raise(output, unfinished)
-        if run_id not in unfinished:
-            _free_or_raise(output, finished)
-        output.replaced = finished
-        output.pieces = PieceSpool(scratch / "pieces.spool")
-        output.journal = open_journal(store, output.folder / "journal")
-        with closing(output.pieces):
-            try:
-                yield output
-            except BaseException:
-                # The first error is the one to tell; what stays is swept by the next start.
-                with suppress(BatchpipeError):
-                    output.sweep()
-                raise
-
-
-@contextmanager
-def _lock(store: Store, root: str, owner: Mapping[str, str], wait_s: float) -> Iterator[Lock]:
-    """Hold the output's lock, waiting for it if asked to, and for a sweep in any case. Raises LockedError (75)."""
-    began = time.monotonic()
-    while True:
-        try:
-            lock = store.lock(join(root, HIDDEN, "lock"), owner)
-            break
-        except LockedError as error:
-            if time.monotonic() - began >= max(wait_s, SWEEP_S if error.passes_soon else 0.0):
-                raise
-            time.sleep(LOCK_POLL_S)
-    with lock:
-        yield lock
-
-
-def _roll_forward(output: Output, run: str) -> None:
-    """Finish a run that had begun to publish. Pieces that are gone only that run itself can make anew."""
-    folder = RunFolder(output.folder.root, run)
-    try:
-        publish_committed(output.store, folder)
-    except PiecesLostError as error:
-        journal = open_journal(output.store, folder / "journal")
-        journal.append("lost", pieces=error.pieces)
-        journal.flush()
-        raise
-
-
-def _same_or_raise(output: Output, finished: Manifest) -> None:
-    if finished.fingerprint != output.fingerprint.sha256:
-        msg = f"run {finished.run_id} is finished, with another job file or other inputs"
-        raise JobError(
-            msg,
-            where=clean_uri(output.folder.root),
-            next="choose another --run-id, or leave it out: it then follows from both",
+    def _part(self, line: Mapping[str, Any], splits: tuple[int, int]) -> tuple[Pending, Part]:
+        pending = Pending.from_json(line["piece"])
+        has_placeholders = self.job.on_error.placeholder is not None
+        return pending, Part(
+            uri=relative(pending.uri, self.folder.root),
+            records=line["written"],
+            placeholders=line["quarantined"] if has_placeholders else 0,
+            bytes=pending.size,
+            sha256=pending.sha256,
+            splits=splits,
+            generation=self.generation,
         )
 
 
-def _no_other_run_or_raise(output: Output, unfinished: list[str]) -> None:
-    for run in unfinished:
-        theirs = start_of(output.store, RunFolder(output.folder.root, run))
-        changes = output.fingerprint.differences(theirs) if theirs else []
-        if run == output.folder.run_id and not changes:
-            continue
-        msg = f"the output holds the unfinished run {run} of another job or input" + "".join(
-            f"\n  changed: {change}" for change in changes[:5]
-        )
-        raise JobError(
-            msg,
-            where=clean_uri(output.folder.root),
-            next="undo the change to resume it, or add --restart to drop it and begin anew",
-        )
-
-
-def _free_or_raise(output: Output, finished: Manifest | None) -> None:
-    """Refuse a folder that holds what this run did not make."""
-    root, run_id = output.folder.root, output.folder.run_id
-    if finished and output.job.output.if_exists == "error":
-        msg = f"the output holds the finished run {finished.run_id} of {finished.finished}, and this is run {run_id}"
-        raise OutputError(
-            msg, where=clean_uri(root), next="choose another output.uri, or set output.if_exists: replace"
-        )
-    named = {part.uri for part in iter_parts(output.store, root, finished)} if finished else set()
-    for found in output.store.find(root):
-        if (name := relative(found.uri, root)) not in named:
-            msg = f"the output folder holds {name!r}, which no manifest names"
-            raise OutputError(msg, where=clean_uri(root), next="choose another output.uri, or move what is there")
+def _pick(objects: Iterator[InputObject], wanted: list[int]) -> Iterator[InputObject]:
+    """The objects at these places of the listing, in order; no further than to the last of them."""
+    for place in wanted:
+        yield next(one for one in objects if one.index == place)
 
 
 def _now() -> str:

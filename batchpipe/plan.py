@@ -1,20 +1,18 @@
-"""What a run will do, before it does it: inputs listed, fingerprint, splits. A pure function of inputs and job.
+"""What a run will do, before it does it: inputs listed, splits. A pure function of inputs and job.
 
 The listing is paged and spooled to a file and splits are a generator, so a million objects cost the driver no memory.
 """
 
 import hashlib
 import heapq
-import importlib.machinery
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from batchpipe.errors import InputError
 from batchpipe.formats import FORMATS
-from batchpipe.job import InputSpec, Job, fingerprint_document
+from batchpipe.job import InputSpec, Job
 from batchpipe.redact import clean_uri
 from batchpipe.split import WHOLE, InputObject, Range, Split
 from batchpipe.storage import Found, open_store, relative, resolve
@@ -26,7 +24,6 @@ SPLITS_NEEDED = 32
 SMALLEST_SPLIT = 256 * 1024
 LARGEST_SPLIT = 64 * 1024 * 1024
 MAX_OBJECTS_PER_SPLIT = 1_000
-HASHED_WHOLE_BELOW = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,66 +132,3 @@ def _cuts(found: InputObject, job: Job, split_bytes: int) -> list[Range]:
         lambda: store.open(found.uri, size=found.size, version=found.version), found, split_bytes, spec
     )
     return [Range(found, start, stop) for start, stop in cuts]
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What decides a run's answers. `document` is kept, so that a later start can say what changed."""
-
-    document: dict[str, Any]
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the document; its first eight characters are the default run id."""
-        return hashlib.sha256(json.dumps(self.document, sort_keys=True).encode()).hexdigest()
-
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """What differs from another run's document, one dotted key each."""
-        mine, theirs = dict(_flat(self.document)), dict(_flat(other))
-        keys = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
-        return [f"{key} was {theirs.get(key, 'not set')!r}, is {mine.get(key, 'not set')!r}" for key in keys]
-
-
-def make_fingerprint(job: Job, inputs: Inputs) -> Fingerprint:
-    """Put together what shapes the output: the job's answers-deciding keys, its sources, and the input listing."""
-    sources = {stage.name: _source_sha256(stage.callable, job) for stage in job.stages if stage.callable}
-    listed = {"objects": inputs.count, "bytes": inputs.bytes, "listing_sha256": inputs.sha256}
-    document = {"name": job.name, "job": fingerprint_document(job), "sources": sources, "inputs": listed}
-    return Fingerprint(document)
-
-
-def _source_sha256(reference: str, job: Job) -> str | None:
-    """Digest of a callable's source: its whole package where it lies on the job's path, model files beside it included.
-
-    An installed library is known by its one module; None for what has no file.
-    """
-    module = reference.partition(":")[0]
-    top = module.partition(".")[0]
-    spec = importlib.machinery.PathFinder.find_spec(top, list(job.import_folders))
-    if spec is None:
-        return None
-    folder = Path(next(iter(spec.submodule_search_locations))) if spec.submodule_search_locations else None
-    files = sorted(folder.rglob("*")) if folder else [Path(str(spec.origin))]
-    digest = hashlib.sha256()
-    for file in files:
-        if file.is_file() and "__pycache__" not in file.parts:
-            digest.update(f"{file.relative_to(folder) if folder else file.name}\0{_file_digest(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def _file_digest(file: Path) -> str:
-    stat = file.stat()
-    if stat.st_size >= HASHED_WHOLE_BELOW:  # a model of gigabytes is known by its size and time
-        return f"{stat.st_size} {stat.st_mtime_ns}"
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _flat(document: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(document, dict) and document:
-        for key, value in document.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(document, list) and document and isinstance(document[0], dict):
-        for place, value in enumerate(document):
-            yield from _flat(value, f"{prefix}.{value.get('name') or place}")
-    else:
-        yield prefix, document

@@ -6,15 +6,17 @@ from itertools import islice
 from uuid import uuid4
 
 from batchpipe.failures import first_failed
+from batchpipe.fingerprint import make_fingerprint
 from batchpipe.job import Job, supported_or_raise
 from batchpipe.jobfile import fill_run_id
 from batchpipe.manifest import SplitResult
+from batchpipe.numbering import line_of
 from batchpipe.orders import HIDDEN, Orders, Place, Schemas
-from batchpipe.plan import Plan, list_inputs, make_fingerprint, make_plan
+from batchpipe.plan import Plan, list_inputs, make_plan
 from batchpipe.processes import open_host
 from batchpipe.redact import clean_uri
 from batchpipe.run import PROBED_AT_ONCE
-from batchpipe.source import line_of
+from batchpipe.split import isolated
 from batchpipe.storage import join, open_store
 from batchpipe.transform import probe
 from batchpipe.worker_chain import close_worker_chain
@@ -28,7 +30,7 @@ def plan_job(job: Job) -> Iterator[tuple[Plan, str]]:
     supported_or_raise(job)
     with open_host() as host:
         inputs = list_inputs(job.input, host.scratch)
-        yield make_plan(inputs, job), make_fingerprint(job, inputs).sha256[:8]
+        yield make_plan(inputs, job), make_fingerprint(job, inputs, pulls=False).sha256[:8]
 
 
 def check_job(job: Job) -> Iterator[str]:
@@ -44,9 +46,10 @@ def check_job(job: Job) -> Iterator[str]:
         yield f"output    {clean_uri(job.output.uri)} can be written" + ("" if is_safe else NO_CONDITIONAL_PUT)
         # A run id of its own, so that what it must write is told from what a run has written.
         place = Place(job, f"check-{uuid4().hex[:8]}", "part-", "check")
-        orders = Orders(place, Schemas(), job.on_error.max_failed_records)
+        orders = Orders(place, Schemas())
         try:
-            found = probe(tuple(islice(plan, PROBED_AT_ONCE)), orders)
+            # In child processes: a record that kills must not end this process, which no worker stands for.
+            found = probe(isolated(islice(plan, PROBED_AT_ONCE)), orders, is_all=True)
         finally:
             close_worker_chain(place.run_id)
             store.remove_folder(join(job.output.uri, HIDDEN, place.run_id))

@@ -11,17 +11,20 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from batchpipe.errors import PoolError
 from batchpipe.job import ComputeSpec
+from batchpipe.stages.logs import crash_in
 from batchpipe.stages.watcher import WatchedProcess, Watcher, WatcherLostError, open_watcher
 from batchpipe.storage import owner
 
 SCRATCH_PREFIX = "batchpipe-"
+SWEEP_PREFIX = "batchpipe-sweep-"
+"""Begins the names of files that tell a killed run's sweep what to do: they outlive its scratch folder."""
 OWNER_FILE = "owner.json"
 """Says in a scratch folder whose it is, for `clean` after a power cut."""
 POLL_S = 0.1
@@ -33,6 +36,7 @@ QUIET_DASK = {
     "distributed.admin.system-monitor.interval": "5s",
 }
 """For every process of a local pool: Dask else samples stacks 100 times a second, for a dashboard that is not there."""
+STACKS_S = 2.0
 MAX_LOST_IN_A_ROW = 5
 """Workers lost without one task finished between them: then replacing them is of no use."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -97,9 +101,19 @@ class WorkerProcesses:
         write_private(self._scratch / "chain.pickle", pickle.dumps((job, run_id)))
         self._guard.start()
 
-    def join_cluster(self, address: str, security: dict[str, Any]) -> None:
+    def join_cluster(self, address: str, security: dict[str, str]) -> None:
         """Tell all workers, also those that come later, where their scheduler is."""
-        write_private(self._scratch / "cluster.json", json.dumps({"address": address, "security": security}).encode())
+        # As files: a worker that is given the texts writes them to a temporary folder, which a kill would leave.
+        files = {name: self._scratch / f"{name}.pem" for name in security}
+        for name, file in files.items():
+            write_private(file, security[name].encode())
+        told = {"address": address, "security": {name: str(file) for name, file in files.items()}}
+        write_private(self._scratch / "cluster.json", json.dumps(told).encode())
+
+    def check_watcher(self) -> None:
+        """Raise WatcherLostError where the watcher was killed, which ends the workers, too."""
+        for worker in self._workers:
+            worker.process.poll()
 
     def task_done(self) -> None:
         """Note that the workers get on with the work."""
@@ -111,8 +125,23 @@ class WorkerProcesses:
         for log in sorted(self._scratch.glob("worker-*.log"), key=lambda log: log.stat().st_mtime_ns, reverse=True):
             with contextlib.suppress(OSError):
                 texts.append(log.read_text(errors="replace").strip())
-        crash = next((crash for text in texts if (crash := _crash(text))), "")
+        crash = next((crash for text in texts if (crash := crash_in(text).text)), "")
         return crash or next((text[-1500:] for text in texts if text), "")
+
+    def stacks(self) -> dict[str, str]:
+        """What every worker is doing, also one whose interpreter is kept by a call: faulthandler's dumps, by worker."""
+        before = {worker.log: worker.log.stat().st_size for worker in self._workers}
+        for worker in self._workers:
+            with contextlib.suppress(WatcherLostError):
+                worker.process.signal(signal.SIGUSR1)
+        deadline, dumps = time.monotonic() + STACKS_S, dict[str, str]()
+        while time.monotonic() < deadline:
+            seen = dumps
+            dumps = {log.stem: log.read_bytes()[size:].decode(errors="replace") for log, size in before.items()}
+            if all(dumps.values()) and dumps == seen:
+                break
+            time.sleep(0.05)
+        return dumps
 
     def stop(self) -> None:
         """Kill all workers, and wait until they are gone: what they hold is pending, and journaled or given up."""
@@ -120,11 +149,7 @@ class WorkerProcesses:
         if self._guard.ident:
             self._guard.join()
         for worker in self._workers:
-            try:
-                worker.process.stop(grace_s=0)
-            except WatcherLostError:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(worker.process.pid, signal.SIGKILL)
+            worker.process.stop(grace_s=0)
         self._workers.clear()
 
     def _start_one(self, copy: int) -> _Worker:
@@ -139,9 +164,8 @@ class WorkerProcesses:
         while not self._closing.wait(POLL_S):
             try:
                 self._replace_once()
-            except WatcherLostError:
-                msg = "the run's watcher process was killed, and nothing would release what the run holds"
-                self.error = PoolError(msg, next="the same command again resumes the run")
+            except WatcherLostError as error:
+                self.error = error
                 return
             except OSError as error:
                 self.error = PoolError(f"a worker process cannot be started: {error}")
@@ -160,19 +184,6 @@ class WorkerProcesses:
                 self._closing.set()
                 return
             self._workers[place] = self._start_one(place)
-
-
-def _crash(text: str) -> str:
-    """What faulthandler printed last: the signal, and the innermost calls of the thread that it hit. Empty: nothing.
-
-    Where it could not tell which thread that was, the calls are those of the first one it lists.
-    """
-    _, fatal, dump = text.rpartition("Fatal Python error: ")
-    if not fatal:
-        return ""
-    _, _, calls = dump.partition("Current thread ")
-    frames = [line for line in (calls or dump).splitlines()[1:] if line.startswith("  File ")]
-    return "\n".join([fatal + dump.splitlines()[0], *frames[:8]])
 
 
 def available_cores() -> int:

@@ -4,21 +4,29 @@ A committed run is four files in its folder: the draft of its manifest, the long
 From the journaled commit on `publish_committed` only rolls forward, without the job, its inputs or its workers (G2).
 """
 
-import hashlib
-import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 from batchpipe.errors import OutputError
 from batchpipe.journal import read_journal
-from batchpipe.manifest import Input, LongTable, Manifest, Part
+from batchpipe.manifest import Input, Manifest, Part
 from batchpipe.orders import HIDDEN
-from batchpipe.published import iter_parts
+from batchpipe.published import iter_parts, read_manifest
 from batchpipe.redact import clean_uri
-from batchpipe.runs import RunFolder, discard_each, iter_pending, key
-from batchpipe.storage import ObjectExistsError, ObjectMissingError, Pending, PendingLostError, Store, join, relative
+from batchpipe.runs import RunFolder, discard_each, discard_scraps, iter_pending, key, sweep_run, unfinished_runs
+from batchpipe.storage import (
+    ObjectExistsError,
+    ObjectMissingError,
+    Pending,
+    PendingLostError,
+    StaleError,
+    Store,
+    join,
+    relative,
+)
+from batchpipe.tables import iter_table, open_table
 
 PUBLISHERS = 16
 AT_A_TIME = 1_000
@@ -37,27 +45,34 @@ class PiecesLostError(OutputError):
         self.pieces = pieces
 
 
+class OvertakenError(OutputError):
+    """Another run has been published meanwhile: this one lost the lock before it committed, and is stale."""
+
+
 def write_draft(
     store: Store,
     folder: RunFolder,
     manifest: Manifest,
-    pieces: Iterable[tuple[Pending, int, tuple[int, int]]],
+    pieces: Iterable[tuple[Pending, Part]],
     inputs: Iterable[Input],
+    published: Iterable[Part] = (),
 ) -> None:
-    """Write down all that publishing will need: each piece with its records and splits, the inputs, the manifest."""
-    listed, parts = bytearray(), bytearray()
-    count = size = 0
-    for pending, records, splits in pieces:
-        name = relative(pending.uri, folder.root)
-        part = Part(uri=name, records=records, bytes=pending.size, sha256=pending.sha256, splits=splits)
-        listed += json.dumps(pending.to_json()).encode() + b"\n"
-        parts += part.model_dump_json().encode() + b"\n"
-        count, size = count + 1, size + pending.size
-    store.put(folder / PIECES, bytes(listed))
-    tables = {
-        "parts": _put_table(store, folder, PARTS, bytes(parts), count, size),
-        "inputs": _write_inputs(store, folder, inputs),
-    }
+    """Write down all that publishing will need: each piece with the part it becomes, the inputs, the manifest.
+
+    `published` are the parts that are there and stay.
+    """
+    with open_table(store, folder, PIECES) as listed, open_table(store, folder, PARTS) as parts:
+        for part in published:
+            parts.add(part.model_dump_json(), part.bytes)
+        for pending, part in pieces:
+            listed.add(json.dumps(pending.to_json()), pending.size)
+            parts.add(part.model_dump_json(), pending.size)
+        listed.finish(store, folder.root)
+        tables = {"parts": parts.finish(store, folder.root)}
+    with open_table(store, folder, INPUTS) as rows:
+        for row in inputs:
+            rows.add(row.model_dump_json(), row.bytes)
+        tables["inputs"] = rows.finish(store, folder.root)
     store.put(folder / DRAFT, manifest.model_copy(update=tables).model_dump_json(indent=2).encode() + b"\n")
 
 
@@ -73,9 +88,10 @@ def publish_committed(store: Store, folder: RunFolder) -> Manifest:
     """Make every piece of a committed run visible, then its manifest; then remove what it replaces and its journal.
 
     Its lock must be held. Raises PiecesLostError where pieces are gone, OutputError where somebody else's object is in
-    the way; either way the next call goes on from there.
+    the way; either way the next call goes on from there. OvertakenError: nothing can come of this run any more.
     """
     manifest = Manifest.model_validate_json(store.read(folder / DRAFT))
+    version = _version_replaced(store, folder, manifest)
     replaced = _replaced(store, folder, manifest)
     versions = _versions(store, folder, manifest, replaced)
     lost: list[str] = []
@@ -89,36 +105,88 @@ def publish_committed(store: Store, folder: RunFolder) -> Manifest:
         except ObjectExistsError as error:
             raise _in_the_way(pending, folder) from error
 
-    lines = iter(io.BytesIO(store.read(folder / PIECES)))
+    lines = iter_table(store, folder / PIECES)
     with ThreadPoolExecutor(PUBLISHERS, thread_name_prefix="publish") as threads:
         while some := list(islice(lines, AT_A_TIME)):
             list(threads.map(publish, some))
     if lost:
         raise PiecesLostError(lost, clean_uri(folder.root))
-    store.put(folder.manifest, manifest.model_dump_json(indent=2).encode() + b"\n")
-    discard_each(store, iter_pending(store, folder))  # what workers wrote that were lost
-    _remove_replaced(store, folder, manifest, replaced)
-    _remove_all(store, [folder / name for name in ("pending", "pieces", "journal")])
-    store.delete([folder / DRAFT, folder / PIECES])
+    _put_manifest(store, folder, manifest, version)
+    finish_published(store, folder, manifest)
     return manifest
 
 
-def _replaced(store: Store, folder: RunFolder, manifest: Manifest) -> list[Part]:
+def _version_replaced(store: Store, folder: RunFolder, manifest: Manifest) -> str:
+    """The version of the manifest that this one takes the place of, be it its own; empty where there is none."""
+    try:
+        data, version = store.read_with_version(folder.manifest)
+    except ObjectMissingError:
+        return ""
+    there = Manifest.model_validate_json(data).run_id
+    if there not in (manifest.run_id, manifest.replaces):
+        raise _overtaken(folder, f"run {there}")
+    return version
+
+
+def _put_manifest(store: Store, folder: RunFolder, manifest: Manifest, version: str) -> None:
+    """Switch to this manifest, unless somebody has put another meanwhile. That may be this one: then it is done."""
+    data = manifest.model_dump_json(indent=2).encode() + b"\n"
+    try:
+        if version:
+            store.replace(folder.manifest, data, version)
+        else:
+            store.create(folder.manifest, data)
+    except (ObjectExistsError, StaleError) as error:
+        there = read_manifest(store, folder.root)
+        if there is None or there.run_id != manifest.run_id:
+            raise _overtaken(folder, "another run") from error
+
+
+def _overtaken(folder: RunFolder, other: str) -> OvertakenError:
+    return OvertakenError(
+        f"the lock was lost: {other} has been published while this start of run {folder.run_id} stood still",
+        where=clean_uri(folder.root),
+        next="batchpipe show OUTPUT tells what the output holds now",
+    )
+
+
+def finish_published(store: Store, folder: RunFolder, manifest: Manifest) -> None:
+    """Remove what a published run takes the place of, and what it needs no more. Its lock must be held.
+
+    Also after a kill, when half of the journal may be gone, and where a late writer has begun the journal again.
+    """
+    if unfinished_runs(store, folder.root) in ([], [folder.run_id]):  # else the pieces may be the other's
+        discard_each(store, iter_pending(store, folder))  # what workers wrote that were lost
+    _remove_replaced(store, folder, manifest, _replaced(store, folder, manifest))
+    store.delete([folder / DRAFT, folder / PIECES])
+    discard_scraps(store, folder)
+    # The journal goes last: as long as it is there, whoever comes knows that the rest may have to be removed.
+    _remove_all(store, [folder / "pending", folder / "pieces"])
+    store.remove_folder(folder / "journal")
+
+
+def sweep(store: Store, folder: RunFolder) -> None:
+    """Discard what a run left that has ended, however it ended. The output's lock must be held."""
+    published = read_manifest(store, folder.root)
+    if published and published.run_id == folder.run_id:
+        finish_published(store, folder, published)
+    else:
+        sweep_run(store, folder)
+
+
+def _replaced(store: Store, folder: RunFolder, manifest: Manifest) -> Iterator[Part]:
     """The parts of the run whose place this one takes; none where it is gone already."""
     if not manifest.replaces:
-        return []
-    try:
-        data = store.read(join(folder.root, HIDDEN, manifest.replaces, PARTS))
-    except ObjectMissingError:
-        return []
-    return [Part.model_validate_json(line) for line in data.splitlines()]
+        return iter(())
+    table = join(folder.root, HIDDEN, manifest.replaces, PARTS)
+    return map(Part.model_validate_json, iter_table(store, table)) if store.exists(table) else iter(())
 
 
 def _versions(store: Store, folder: RunFolder, manifest: Manifest, replaced: Iterable[Part]) -> Mapping[str, str]:
     """Under mirror: the old objects that are overwritten in place, at the version they have now."""
-    if manifest.output_layout != "mirror":
+    if manifest.output_layout != "mirror" or manifest.is_redriven:
         return {}
-    uris = [join(folder.root, part.uri) for part in replaced]
+    uris = (join(folder.root, part.uri) for part in replaced)
     return {uri: store.stat(uri).version for uri in uris if store.exists(uri)}
 
 
@@ -132,9 +200,7 @@ def _remove_replaced(store: Store, folder: RunFolder, manifest: Manifest, replac
 
 def _remove_all(store: Store, folders: list[str]) -> None:
     with ThreadPoolExecutor(len(folders), thread_name_prefix="remove") as threads:
-        list(threads.map(store.remove_folder, folders[:-1]))
-    # The journal goes last: as long as it is there, whoever comes knows that the rest may have to be removed.
-    store.remove_folder(folders[-1])
+        list(threads.map(store.remove_folder, folders))
 
 
 def _in_the_way(pending: Pending, folder: RunFolder) -> OutputError:
@@ -144,17 +210,3 @@ def _in_the_way(pending: Pending, folder: RunFolder) -> OutputError:
         where=clean_uri(folder.root),
         next="move it away and run the same command again: it finishes what it has begun to publish",
     )
-
-
-def _write_inputs(store: Store, folder: RunFolder, rows: Iterable[Input]) -> LongTable:
-    lines, count, size = bytearray(), 0, 0
-    for row in rows:
-        lines += row.model_dump_json().encode() + b"\n"
-        count, size = count + 1, size + row.bytes
-    return _put_table(store, folder, INPUTS, bytes(lines), count, size)
-
-
-def _put_table(store: Store, folder: RunFolder, name: str, data: bytes, rows: int, size: int) -> LongTable:
-    store.put(folder / name, data)
-    uri = f"{HIDDEN}/{folder.run_id}/{name}"
-    return LongTable(uri=uri, rows=rows, bytes=size, sha256=hashlib.sha256(data).hexdigest())

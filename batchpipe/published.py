@@ -1,5 +1,6 @@
 """A finished output as its readers see it: the manifest, the parts that it names, and those as a dataset."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,6 +8,9 @@ from batchpipe.manifest import Manifest, Part
 from batchpipe.orders import HIDDEN
 from batchpipe.storage import ObjectMissingError, Store, join
 from batchpipe.storage.arrow import arrow_path, arrow_system
+from batchpipe.tables import iter_table
+
+DESCRIPTION = "run.json"
 
 
 def read_manifest(store: Store, root: str, options: Mapping[str, Any] | None = None) -> Manifest | None:
@@ -18,10 +22,21 @@ def read_manifest(store: Store, root: str, options: Mapping[str, Any] | None = N
     return with_dataset(Manifest.model_validate_json(data), store, root, options)
 
 
+def write_description(store: Store, root: str, run_id: str, document: Mapping[str, Any], schemas: Any) -> None:
+    """Keep what a redrive must know of a run: the document of its fingerprint, and the columns that it proved."""
+    data = json.dumps({"fingerprint": document, "schemas": schemas}, indent=2).encode() + b"\n"
+    store.put(join(root, HIDDEN, run_id, DESCRIPTION), data)
+
+
+def read_description(store: Store, root: str, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `write_description` wrote of the run that is published."""
+    read = json.loads(store.read(join(root, HIDDEN, manifest.run_id, DESCRIPTION)))
+    return read["fingerprint"], read["schemas"]
+
+
 def iter_parts(store: Store, root: str, manifest: Manifest) -> Iterator[Part]:
     """The parts that a manifest names, in order."""
-    for line in store.read(join(root, manifest.parts.uri)).splitlines():
-        yield Part.model_validate_json(line)
+    return map(Part.model_validate_json, iter_table(store, join(root, manifest.parts.uri)))
 
 
 def with_dataset(manifest: Manifest, store: Store, root: str, options: Mapping[str, Any] | None) -> Manifest:

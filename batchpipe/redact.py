@@ -23,7 +23,7 @@ MASK = "***"
 _USERINFO = re.compile(r"(?<=://)([^/\s]*)@")
 _HTTP_QUERY = re.compile(r"(https?://[^?#\s]*)\?([^#\s]*)", re.IGNORECASE)
 # Elsewhere ? is a wildcard or part of a key, so a query is what reads like one: ?name=value.
-_OTHER_QUERY = re.compile(r"(://[^?\s]*)\?([\w.~-]+=[^#\s]*)")
+_OTHER_QUERY = re.compile(r"(://\S*?)\?([\w.~-]+=[^#\s]*)")
 _AUTH_SCHEME = re.compile(r"(?:basic|bearer|digest|negotiate|token|apikey)\s+(\S.*)", re.IGNORECASE | re.DOTALL)
 _TRIVIAL = re.compile(r".{0,3}|\d{1,5}|true|false|none|null", re.IGNORECASE | re.DOTALL)
 _SHORT = 8

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from batchpipe.errors import BatchpipeError, PoolError
-from batchpipe.failures import first_failed, too_many_failed
-from batchpipe.job import Job, OnErrorSpec
+from batchpipe.failures import Budget, first_failed, too_many_failed
+from batchpipe.job import Job
 from batchpipe.manifest import (
     SCHEMA_VERSION,
+    Generation,
     Input,
     LongTable,
     Manifest,
@@ -30,15 +32,20 @@ from batchpipe.manifest import (
     StageStats,
 )
 from batchpipe.mirror import assemble
+from batchpipe.numbering import line_of, number_failures
 from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.output import Output
 from batchpipe.plan import Inputs, Plan
-from batchpipe.processes import Host, available_cores
+from batchpipe.processes import SWEEP_PREFIX, Host, available_cores
 from batchpipe.redact import clean_uri
+from batchpipe.redrive import Redriven, RedrivePlan
 from batchpipe.schedule import OnProgress, Progress, Schedule, Tally
-from batchpipe.source import line_of, read_gauge
+from batchpipe.source import read_gauge
+from batchpipe.split import isolated
 from batchpipe.stages.watcher import Watcher, WatcherLostError
-from batchpipe.transform import probe, prove_nothing, run_splits
+from batchpipe.stopwatch import Stopwatch
+from batchpipe.storage import owner
+from batchpipe.transform import open_stages, probe, prove_nothing, run_splits
 from batchpipe.worker_chain import close_worker_chain, renew_lease
 
 if TYPE_CHECKING:
@@ -50,10 +57,12 @@ PROBED_AT_ONCE = 32
 @contextlib.contextmanager
 def sweeping_if_killed(output: Output, watcher: Watcher) -> Iterator[None]:
     """Have the watcher discard what nobody journaled, if this process is killed before it can do so itself."""
-    descriptor, name = tempfile.mkstemp(prefix="batchpipe-sweep-")  # outlives the scratch; readable by this user only
+    descriptor, name = tempfile.mkstemp(prefix=SWEEP_PREFIX)  # readable by this user only
     with os.fdopen(descriptor, "w") as file:
         options = output.job.output.storage_options
-        json.dump({"root": output.folder.root, "options": options, "run_id": output.folder.run_id}, file)
+        me = owner.this_process({"run": output.folder.run_id})
+        order = {"root": output.folder.root, "options": options, "run_id": output.folder.run_id, "owner": me}
+        json.dump(order, file)
     watcher.at_end([sys.executable, "-P", "-m", "batchpipe.sweep", name])
     try:
         yield
@@ -66,15 +75,28 @@ def sweeping_if_killed(output: Output, watcher: Watcher) -> Iterator[None]:
 class Run:
     """One start of a run that has its output: the steps between the plan and the manifest."""
 
-    def __init__(self, job: Job, run_id: str, plan: Plan, output: Output, on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        job: Job,
+        run_id: str,
+        plan: Plan | RedrivePlan,
+        output: Output,
+        on_progress: OnProgress,
+        redriven: Redriven | None = None,
+    ) -> None:
         self.job = job
+        self.redriven = redriven
         self.run_id = run_id
         self.plan = plan
         self.output = output
         self.started = time.monotonic()
         self.workers = 0
         self._on_progress = on_progress
-        self.schedule = Schedule(plan, plan.count, output.replay())
+        self._watch = Stopwatch(job.on_error)
+        self.schedule = Schedule(plan, plan.count, output.replay(), job.on_error.max_failed_records)
+        self.budget = Budget(job, plan.inputs, redriven.manifest.accounts.read if redriven else None)
+        attempt = f"{run_id}-{output.journal.epoch}-{uuid4().hex[:8]}"
+        self.place = Place(job, run_id, output.part_prefix, attempt)
         output.begin()
 
     def show(self, step: str, gauge: Mapping[str, int] = MappingProxyType({})) -> None:
@@ -96,90 +118,143 @@ class Run:
     def transform(self, host: Host) -> None:
         """Run every split that has not settled, on a pool that is opened and released here."""
         self.show("plan")
-        if self.schedule.is_done and self.job.output.layout == "parts":
+        is_numbered = not self.schedule.tally.accounts.quarantined
+        if self.schedule.is_done and self.job.output.layout == "parts" and is_numbered:
             return
         with open_workers(self.job, self.run_id, self.plan.count, host) as pool:
             self.workers = pool.workers
             self.show("start")
+            if self.budget.is_exceeded(self.schedule.tally):  # with what earlier starts have kept
+                raise self._beyond_budget(pool)
             orders = self._orders(pool)
-            watch = Stopwatch(self.job.on_error)
-            tasks = pool.stream(run_splits, self.schedule.take, orders, on_tick=lambda: self._tick(pool, watch))
+            tick = partial(self._tick, pool, "transform")
+            tasks = pool.stream(run_splits, self.schedule.take, orders, on_lost=isolated, on_tick=tick)
             with contextlib.closing(tasks):
                 for task, outcomes in tasks:
                     for result in self.schedule.settle(task, outcomes):
                         self._settle(result, pool)
             if self.job.output.layout == "mirror":
-                self._assemble(pool, orders.place)
+                self._assemble(pool)
+            if self.budget.is_exceeded(self.schedule.tally, at_end=True):
+                raise self._beyond_budget(pool)
+            self._number(pool)
             self.workers = pool.workers
+
+    def finish(self, host: Host) -> Manifest:
+        """Do all that is left to do."""
+        self.transform(host)
+        self.show("publish")
+        manifest = self.publish(self.plan.inputs)
+        self.show("done")
+        return manifest
 
     def publish(self, inputs: Inputs) -> Manifest:
         """Prove the accounts, make the pieces visible, write the manifest."""
         tally = self.schedule.tally
         self._prove()
-        return self.output.publish(self._manifest(tally), self._input_rows(inputs, tally))
+        rows = self._input_rows(inputs, tally)
+        if self.redriven:
+            rows = self.redriven.inputs_with(inputs, tally.of_object)
+        return self.output.publish(self._manifest(tally), rows)
 
     def _orders(self, pool: "Pool") -> Orders:
-        """What tasks are told. The schemas in it are proved by the first mini-batch, now or in an earlier start."""
-        output, limit = self.output, self.job.on_error.max_failed_records
-        place = Place(
-            self.job, self.run_id, output.part_prefix, f"{self.run_id}-{output.journal.epoch}-{uuid4().hex[:8]}"
-        )
-        orders = Orders(place, Schemas(), limit)
-        if output.schemas:
-            return replace(orders, schemas=Schemas.from_json(output.schemas))
-        splits = iter(self.plan)
-        while not orders.schemas.is_proved and (probed := tuple(islice(splits, PROBED_AT_ONCE))):
-            found = pool.call(probe, probed, orders)
+        """What tasks are told. The schemas in it are proved by the first mini-batch, now or in an earlier start.
+
+        A later start sends that mini-batch too, for its stages may be broken by now, and keeps the earlier schemas.
+        A redrive has the columns of its run, and no record of which it is known that it can be answered.
+        """
+        output = self.output
+        if self.redriven and self.redriven.schemas.is_proved:
+            if not output.schemas:
+                advice = pool.call(open_stages, Orders(self.place, self.redriven.schemas))
+                output.set_schemas(replace(self.redriven.schemas, advice=advice).to_json())
+            return Orders(self.place, Schemas.from_json(output.schemas))
+        orders = Orders(self.place, Schemas.from_json(output.schemas) if output.schemas else Schemas())
+        splits, is_proved = iter(self.plan), self.schedule.is_done
+        while not is_proved and (probed := tuple(islice(splits, PROBED_AT_ONCE))):
+            is_all = probed[-1].index + 1 == self.plan.count
+            found = pool.call(
+                probe, probed, orders, is_all, on_lost=isolated, on_tick=partial(self._tick, pool, "start")
+            )
             if isinstance(found, SplitResult):
                 raise self._hopeless(found, pool)
-            orders = replace(orders, schemas=found)
+            is_proved = found.is_proved
+            orders = orders if output.schemas else replace(orders, schemas=found)
+        if output.schemas:
+            return orders
         if not orders.schemas.is_proved:
             orders = replace(orders, schemas=pool.call(prove_nothing, orders))
         output.set_schemas(orders.schemas.to_json())
         return orders
 
-    def _assemble(self, pool: "Pool", place: Place) -> None:
+    def _assemble(self, pool: "Pool") -> None:
         """Join the pieces of every object that was cut."""
         self.output.journal.flush()  # which pieces count: they are visible to workers from here on
-        waiting = self.output.assemblies(self.plan.inputs, place)
-        joined = pool.stream(assemble, lambda _: next(waiting, None), place, on_tick=self.output.journal.flush_if_due)
+        waiting = self.output.assemblies(self.plan.inputs, self.place)
+        flush = self.output.journal.flush_if_due
+        joined = pool.stream(assemble, lambda _: next(waiting, None), self.place, on_tick=flush)
         with contextlib.closing(joined):
             for assembly, piece in joined:
                 self.output.assembled_as(assembly, piece)
 
-    def _tick(self, pool: "Pool", watch: "Stopwatch") -> None:
+    def _number(self, pool: "Pool", stopped: SplitResult | None = None) -> None:
+        """Fill in which record and line of its object each quarantined record is."""
+        if not self.schedule.tally.accounts.quarantined and not stopped:
+            return
+        waiting = self.output.numberings(self.plan.inputs, stopped)
+        flush = self.output.journal.flush_if_due
+        with contextlib.closing(
+            pool.stream(number_failures, lambda _: next(waiting, None), self.place, on_tick=flush)
+        ) as numbered:
+            for _ in numbered:
+                pass
+
+    def _tick(self, pool: "Pool", step: str) -> None:
         self.output.journal.flush_if_due()
         self.workers = pool.workers
         gauge = pool.progress()
-        watch.check((self.schedule.tally.settled, *gauge.values()))
-        self.show("transform", gauge)
+        self._watch.check((self.schedule.tally.settled, *gauge.values()), pool.stacks)
+        self.show(step, gauge)
 
     def _hopeless(self, result: SplitResult, pool: "Pool") -> BatchpipeError:
         """What ends a run whose first mini-batch had no answer: its first failed record."""
-        self.output.keep_quarantine(result)
         first, quarantine = result.failures[0], self.output.folder / "quarantine"
         line = pool.call(line_of, first, self.job.input)
+        if self.schedule.has_settled(result.split):  # in an earlier start, whose quarantine stays as it is
+            return first_failed(self.job, first, line)
+        self.output.keep_quarantine(result)
+        with contextlib.suppress(BatchpipeError):  # the first failure is what matters
+            self._number(pool, result)
         if self.job.on_error.max_failed_records != 0:
             return first_failed(self.job, first, line, quarantine)
         self.schedule.tally.accounts, self.schedule.tally.failures = result.accounts, [first]
-        return too_many_failed(self.job, self.schedule.tally, quarantine, line)
+        return self._too_many_failed(line)
 
     def _settle(self, result: SplitResult, pool: "Pool") -> None:
         """Journal a settled split; end the run if more records failed than it may lose."""
-        tally, allowed = self.schedule.tally, self.job.on_error.max_failed_records
         if result.stopped:  # it must run again, once more may fail; its failures are worth seeing all the same
             self.output.keep_quarantine(result)
         else:
             self.output.settle(result)
-        if result.stopped or (allowed is not None and tally.accounts.quarantined > allowed):
-            line = pool.call(line_of, tally.failures[0], self.job.input)
-            raise too_many_failed(self.job, tally, self.output.folder / "quarantine", line)
+        if result.stopped or self.budget.is_exceeded(self.schedule.tally):
+            raise self._beyond_budget(pool, result if result.stopped else None)
+
+    def _beyond_budget(self, pool: "Pool", stopped: SplitResult | None = None) -> BatchpipeError:
+        """What ends a run that lost more records than it may: the first of them. All that are kept are numbered."""
+        with contextlib.suppress(BatchpipeError):  # the budget is what matters
+            self._number(pool, stopped)
+        tally = self.schedule.tally
+        line = pool.call(line_of, tally.failures[0], self.job.input)
+        return self._too_many_failed(line)
+
+    def _too_many_failed(self, line: int | None) -> BatchpipeError:
+        quarantine = self.output.folder / "quarantine"
+        of = self.redriven.manifest.accounts.read if self.redriven else None
+        return too_many_failed(self.job, self.schedule.tally, quarantine, line, redriven_of=of)
 
     def _prove(self) -> None:
-        """Check the accounts of every object, and the percentage that may fail (G1)."""
-        tally, percent = self.schedule.tally, self.job.on_error.max_failed_percent
-        if percent is not None and tally.accounts.quarantined > tally.accounts.read * percent / 100:
-            raise too_many_failed(self.job, tally, self.output.folder / "quarantine")
+        """Check the accounts of every object (G1)."""
+        tally = self.schedule.tally
         for found in self.plan.inputs:
             accounts = tally.of_object(found.index)
             if not accounts.balanced:
@@ -192,7 +267,9 @@ class Run:
             yield Input(uri=clean_uri(found.uri), bytes=found.size, version=found.version, **numbers)
 
     def _manifest(self, tally: Tally) -> Manifest:
-        empty = LongTable(uri="", rows=0, bytes=0, sha256="")
+        empty, redriven = LongTable(uri="", rows=0, bytes=0, sha256=""), self.redriven
+        accounts = RunAccounts(**asdict(tally.accounts))
+        mine = Generation(run_id=self.run_id, fingerprint=self.output.fingerprint.sha256, accounts=accounts)
         return Manifest(
             schema_version=SCHEMA_VERSION,
             run_id=self.run_id,
@@ -206,7 +283,8 @@ class Run:
             job=self.job.document(),
             inputs=empty,
             parts=empty,
-            accounts=RunAccounts(**asdict(tally.accounts)),
+            accounts=redriven.accounts_with(tally.accounts) if redriven else accounts,
+            generations=(*redriven.manifest.generations, mine) if redriven else (mine,),
             stages={
                 stage.name: StageAccount(**asdict(tally.stages.get(stage.name, StageStats())))
                 for stage in self.job.stages
@@ -224,38 +302,23 @@ class Run:
         )
 
 
-class Stopwatch:
-    """Ends a run in which nothing moves any more, or that takes longer than it may."""
-
-    def __init__(self, limits: OnErrorSpec) -> None:
-        self._limits = limits
-        self._started = self._moved = time.monotonic()
-        self._seen: tuple[int, ...] = ()
-
-    def check(self, figures: tuple[int, ...]) -> None:
-        """Look at figures that move with the work. Raises PoolError (6)."""
-        now, limits = time.monotonic(), self._limits
-        if figures != self._seen:
-            self._seen, self._moved = figures, now
-        if limits.max_runtime_s is not None and now - self._started > limits.max_runtime_s:
-            msg = f"the run took longer than on_error.max_runtime_s: {limits.max_runtime_s:g} s"
-            raise PoolError(msg, next="the same command resumes it; finished splits are kept")
-        if now - self._moved > limits.no_progress_timeout_s:
-            msg = f"nothing moved for on_error.no_progress_timeout_s: {limits.no_progress_timeout_s:g} s"
-            raise PoolError(msg, next="the same command resumes it; a larger timeout waits longer for slow stages")
-
-
 @contextlib.contextmanager
 def open_workers(job: Job, run_id: str, splits: int, host: Host) -> Iterator["Pool"]:
     """Open the pool of a job. Local workers open their chains while this process imports Dask."""
     if host.workers is not None:
         host.workers.open_chain(job, run_id)
         host.workers.start(worker_count(job, splits))
-    from batchpipe.pool import Lease, open_pool  # the slowest import of all
+    from batchpipe.cluster import Lease  # Dask is the slowest import of all
+    from batchpipe.pool import open_pool
 
     lease = Lease(renew_lease, close_worker_chain, (run_id,), any(stage.is_http for stage in job.stages))
     with open_pool(job.compute, host.workers, lease, read_gauge, host.scratch) as pool:
-        yield pool
+        try:
+            yield pool
+        except PoolError:
+            if host.workers is not None:
+                host.workers.check_watcher()  # its workers took their driver for gone, and may have said so first
+            raise
 
 
 def worker_count(job: Job, splits: int) -> int:

@@ -1,4 +1,4 @@
-"""`run_job`: what `batchpipe run` and the Python interface do, as a list of steps.
+"""`run_job` and `redrive_job`: what the command line and the Python interface do, as lists of steps.
 
 What takes long to import is imported inside, after the first worker process has begun its own imports.
 """
@@ -29,8 +29,9 @@ def run_job(
     """
     supported_or_raise(job)
     with open_host(job.compute) as host:
-        from batchpipe.output import open_output
-        from batchpipe.plan import list_inputs, make_fingerprint, make_plan
+        from batchpipe.claim import open_output
+        from batchpipe.fingerprint import make_fingerprint
+        from batchpipe.plan import list_inputs, make_plan
         from batchpipe.run import Run, sweeping_if_killed
 
         inputs = list_inputs(job.input, host.scratch)
@@ -41,9 +42,43 @@ def run_job(
             if output.manifest:
                 return output.manifest
             with sweeping_if_killed(output, host.watcher):
-                run = Run(job, run_id, make_plan(inputs, job), output, on_progress)
-                run.transform(host)
-                run.show("publish")
-                manifest = run.publish(inputs)
-                run.show("done")
-                return manifest
+                return Run(job, run_id, make_plan(inputs, job), output, on_progress).finish(host)
+
+
+def redrive_job(
+    job: Job,
+    *,
+    run_id: str | None = None,
+    on_progress: OnProgress = ignore,
+    restart: bool = False,
+    wait_s: float = 0.0,
+) -> "Manifest":
+    """Send the quarantined records of the finished run in the job's output through the job, and publish both as one.
+
+    `run_id` is that run's, where the output's name has it in it. With nothing quarantined there is nothing to do.
+    Raises a BatchpipeError, whose `exit_code` is the command's: JobError (2) where the job reads or writes otherwise
+    than the run did, InputError (3) where an object with quarantined records has changed, OutputError (7) where no run
+    is finished.
+    """
+    supported_or_raise(job)
+    with open_host(job.compute) as host:
+        from batchpipe.claim import open_output
+        from batchpipe.fingerprint import make_fingerprint
+        from batchpipe.plan import list_inputs
+        from batchpipe.redrive import find_finished, open_redriven, plan_redrive
+        from batchpipe.run import Run, sweeping_if_killed
+
+        finished, is_done = find_finished(job, run_id, wait_s)
+        if is_done:
+            return finished
+        redriven = open_redriven(job, finished)
+        plan = plan_redrive(job, redriven, list_inputs(job.input, host.scratch), host.scratch)
+        fingerprint = make_fingerprint(job, plan.inputs)
+        job = fill_run_id(job, finished.generations[0].run_id)
+        with open_output(
+            job, redriven.run_id, fingerprint, host.scratch, restart=restart, wait_s=wait_s, redrives=finished
+        ) as output:
+            if output.manifest:
+                return output.manifest
+            with sweeping_if_killed(output, host.watcher):
+                return Run(job, redriven.run_id, plan, output, on_progress, redriven).finish(host)

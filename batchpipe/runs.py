@@ -6,7 +6,7 @@ From here the driver, `clean` and the watcher's sweep know what a run that ended
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,11 +16,13 @@ from typing import Any
 from batchpipe.journal import read_journal
 from batchpipe.manifest import SplitResult
 from batchpipe.orders import HIDDEN
-from batchpipe.storage import Pending, Store, join, relative
+from batchpipe.storage import Pending, Store, is_scrap, join, relative
 
 OUR_NAMES = re.compile(rf"{HIDDEN}/.*|part-(.+-)?\d{{8}}\.\w+(\.\w+)?|.+\.out(\.\w+)?", re.DOTALL)
 """Paths that pieces go to, as `Place.piece_uri` and `quarantine_uri` make them; the parts of Spark look otherwise."""
 
+PIECE_FOLDERS = frozenset({"pending", "pieces"})
+"""What of a run's folder holds pieces: those that are pending, and those that are to be joined."""
 DISCARDERS = 8
 
 
@@ -54,11 +56,20 @@ def iter_pending(store: Store, folder: RunFolder) -> Iterator[Pending]:
 
 
 def sweep_run(store: Store, folder: RunFolder) -> None:
-    """Discard every pending piece that the run's journal does not name. Its lock must be held."""
-    present = {key(pending): pending for pending in iter_pending(store, folder)}
-    entries = list(read_journal(store, folder / "journal")) if present else []
-    if not any(entry["type"] == "commit" for entry in entries):
-        discard_all_but(store, present, (entry["piece"] for entry in entries if entry.get("piece")))
+    """Discard every pending piece that the run's journal does not name, and scraps. Its lock must be held."""
+    discard_scraps(store, folder)
+    unnamed = {key(pending) for pending in iter_pending(store, folder)}
+    for entry in read_journal(store, folder / "journal") if unnamed else ():
+        if entry["type"] == "commit":
+            return
+        if entry.get("piece"):
+            unnamed.discard(key_of(entry["piece"]))
+    discard_named(store, folder, unnamed)
+
+
+def discard_scraps(store: Store, folder: RunFolder) -> None:
+    """Remove what a kill left of files that were being written. Its lock must be held."""
+    store.delete([found.uri for found in store.iter_folder(join(folder.root, HIDDEN)) if is_scrap(found.uri)])
 
 
 def discard_run(store: Store, folder: RunFolder) -> None:
@@ -67,10 +78,10 @@ def discard_run(store: Store, folder: RunFolder) -> None:
     store.remove_folder(folder.uri)
 
 
-def discard_all_but(store: Store, present: Mapping[str, Pending], pieces: Iterable[dict[str, Any]]) -> None:
-    """Discard what is present and not among the journaled pieces."""
-    unnamed = present.keys() - {key_of(piece) for piece in pieces}
-    discard_each(store, (present[each] for each in unnamed))
+def discard_named(store: Store, folder: RunFolder, keys: Set[str]) -> None:
+    """Discard the run's pending pieces of these keys. They are listed anew: a key is all that is kept of each."""
+    if keys:
+        discard_each(store, (pending for pending in iter_pending(store, folder) if key(pending) in keys))
 
 
 def discard_each(store: Store, pieces: Iterable[Pending]) -> None:
@@ -86,11 +97,30 @@ def without_type(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "type"}
 
 
+def find_runs(store: Store, root: str) -> tuple[list[str], list[str]]:
+    """Ids of the unfinished runs, which have a journal until they are published, and of strayed ones.
+
+    These have no journal and pieces all the same: a late writer left them.
+    """
+    folders: dict[str, set[str]] = {}
+    for found in store.iter_folder(join(root, HIDDEN)):
+        path = relative(found.uri, join(root, HIDDEN)).split("/")
+        if len(path) > 2:
+            folders.setdefault(path[0], set()).add(path[1])
+    unfinished = sorted(run for run, names in folders.items() if "journal" in names)
+    return unfinished, sorted(run for run in folders.keys() - set(unfinished) if folders[run] & PIECE_FOLDERS)
+
+
 def unfinished_runs(store: Store, root: str) -> list[str]:
     """Ids of runs that have a journal: it is there until the run is published."""
-    found = store.iter_folder(join(root, HIDDEN))
-    paths = (relative(each.uri, join(root, HIDDEN)).split("/") for each in found)
-    return sorted({path[0] for path in paths if len(path) > 2 and path[1] == "journal"})
+    return find_runs(store, root)[0]
+
+
+def remove_strays(store: Store, root: str, strayed: Iterable[str]) -> None:
+    """Remove the pieces of strayed runs. Uploads are no run's, and stay: another run's journal may name them."""
+    for run in strayed:
+        for name in PIECE_FOLDERS:
+            store.remove_folder(RunFolder(root, run) / name)
 
 
 def has_settled(store: Store, folder: RunFolder) -> bool:
@@ -150,8 +180,15 @@ class PieceSpool:
         self._places.extend([-1] * max(missing, 0))
         self._places[result.split] = self._file.seek(0, 2)
         objects = [part.object for part in result.ranges]
-        line = {"piece": result.piece, "written": result.accounts.written, "objects": objects}
+        accounts = result.accounts
+        counts = {"written": accounts.written, "quarantined": accounts.quarantined}
+        line = {"piece": result.piece, **counts, "objects": objects}
+        if result.failures:
+            line["failed"] = failed_of(result)
         self._file.write(json.dumps(line).encode() + b"\n")
+
+    def __contains__(self, split: int) -> bool:
+        return split < len(self._places) and self._places[split] >= 0
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for split, place in enumerate(self._places):
@@ -162,6 +199,25 @@ class PieceSpool:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def failed_of(result: SplitResult) -> dict[str, Any]:
+    """Of which objects a split's failed records are, and how many records of the object lie before the split."""
+    objects = [part.object for part in result.ranges if part.accounts.quarantined]
+    first, before = result.failures[0], None
+    if first.record is not None and first.range_start == result.ranges[0].start:
+        before = first.record - first.ordinal
+    return {"objects": objects, "before": before}
+
+
+def remove_unsettled(store: Store, folder: RunFolder, settled: "PieceSpool") -> None:
+    """Remove what an earlier start let be seen of splits that must run again: their records may not fail then."""
+    for name in ("quarantine", "logs/tracebacks"):
+        files = list(store.iter_folder(folder / name))
+        numbers = [re.search(r"split-(\d+)\.\w+$", found.uri) for found in files]
+        store.delete(
+            found.uri for found, number in zip(files, numbers, strict=True) if number and int(number[1]) not in settled
+        )
 
 
 def key(pending: Pending) -> str:

@@ -31,8 +31,8 @@ class Tally:
     objects: "array[int]" = field(default_factory=lambda: array("q"))
 
     def add(self, result: SplitResult) -> None:
-        """Count a settled split."""
-        self.settled += 1
+        """Count a split: settled, unless it stopped itself and must run again."""
+        self.settled += not result.stopped
         self.accounts += result.accounts
         self.read_s += result.read_s
         self.write_s += result.write_s
@@ -97,8 +97,15 @@ class Schedule:
     has settled and ends exactly there; otherwise the range is run again from the proved place.
     """
 
-    def __init__(self, splits: Iterable[Split], count: int, journaled: Iterable[SplitResult] = ()) -> None:
+    def __init__(
+        self,
+        splits: Iterable[Split],
+        count: int,
+        journaled: Iterable[SplitResult] = (),
+        allowed_failures: int | None = None,
+    ) -> None:
         self.tally = Tally(splits=count)
+        self._allowed_failures = allowed_failures
         self._settled = bytearray(count)
         self._ends: dict[int, _End] = {}
         for result in journaled:
@@ -117,14 +124,24 @@ class Schedule:
         """Whether every split has settled."""
         return self.tally.settled == self.tally.splits
 
+    def has_settled(self, split: int) -> bool:
+        """Whether this split has settled."""
+        return bool(self._settled[split])
+
     def take(self, slots: int) -> tuple[Split, ...]:
-        """The next run of consecutive splits, for one of `slots` places that work side by side; empty if none waits."""
+        """The next run of consecutive splits, for one of `slots` places that work side by side; empty if none waits.
+
+        Each carries how many more records of the run may fail.
+        """
         if self._again:
             taken = [self._again.popleft()]
         else:
             left = self.tally.splits - self.tally.settled - len(self._running)
             size = min(int(TASK_S / max(self._seconds_per_split, 1e-6)), LARGEST_TASK, left // (2 * slots))
             taken = [split for _, split in zip(range(max(size, 1)), self._fresh, strict=False)]
+        if self._allowed_failures is not None:
+            left = max(0, self._allowed_failures - self.tally.accounts.quarantined)
+            taken = [replace(split, allowed_failures=left) for split in taken]
         self._running.update({split.index: split for split in taken})
         return tuple(taken)
 

@@ -24,6 +24,9 @@ from batchpipe.stages.tables import can_be_table, take_header, to_table
 
 MAX_WAITING = 100
 """Requests that may wait for the callable; the next one is told to come back (503)."""
+LOOPBACK = "127.0.0.1"
+EVERYWHERE = "0.0.0.0"
+"""What a container must listen on to be reached from outside."""
 DEFAULT_PORT = 8080
 MAX_PAYLOAD_MB = 100.0
 ADVISED_PAYLOAD_MB = 6.0
@@ -43,9 +46,9 @@ class _Asked:
 
 
 def serve(
-    reference: str, params: Mapping[str, Any], columns: Sequence[str] = (), *, threads: int = 1, port: int | None = None
+    reference: str, params: Mapping[str, Any], columns: Sequence[str] = (), *, threads: int = 1, host: str = LOOPBACK
 ) -> None:
-    """Serve a callable on all addresses until SIGTERM or SIGINT, then finish what was begun.
+    """Serve a callable on an address until SIGTERM or SIGINT, then finish what was begun.
 
     ``columns`` names the fields of CSV that comes without a header; ``threads`` may enter the callable at once.
     The port and the largest payload are the contract's variables, 8080 and 100 MB where these are not set.
@@ -54,7 +57,7 @@ def serve(
     stage = open_for_serving(reference, params, threads)
     max_payload_mb = float(os.environ.get("SAGEMAKER_MAX_PAYLOAD_IN_MB") or MAX_PAYLOAD_MB)
     app = make_app(stage, columns=tuple(columns), max_payload_mb=max_payload_mb)
-    web.run_app(app, port=port or int(os.environ.get(PORT) or DEFAULT_PORT), print=None, access_log=None)
+    web.run_app(app, host=host, port=int(os.environ.get(PORT) or DEFAULT_PORT), print=None, access_log=None)
 
 
 def open_for_serving(reference: str, params: Mapping[str, Any], threads: int = 1) -> CallableStage:

@@ -13,13 +13,13 @@ import numpy as np
 
 from batchpipe.batch import ByteRecords, MiniBatch, Origins, iter_batches
 from batchpipe.convert import BadRecord
-from batchpipe.formats import FORMATS, misfit_error
+from batchpipe.formats import FORMATS, RangeReader, misfit_error
 from batchpipe.formats.compression import compression_of
 from batchpipe.invoke import FailedRecord, FailureLimit, Outcome
-from batchpipe.job import InputSpec
 from batchpipe.manifest import Accounts, Failure, RangeResult
 from batchpipe.orders import Orders
-from batchpipe.parts import Quarantine
+from batchpipe.picks import PickedRange
+from batchpipe.quarantine import Quarantine
 from batchpipe.redact import clean_uri, mask, secrets_of
 from batchpipe.split import Range, Split
 from batchpipe.storage import ObjectFile, open_store
@@ -66,28 +66,46 @@ class Source:
         self._limit = limit
         self._counts = [_Counts() for _ in split.ranges]
         self._secrets = secrets_of(orders.job)
+        self._unparsed: list[tuple[int, int]] = []
+        """Range and ordinal of records whose placeholders wait for the answers before them to be written."""
         # Bytes may be passed on as they are only if they hold the columns asked for, in the encoding that is expected.
         picks = self._schema is not None and not self._schema.is_whole
         self._must_parse = picks or codecs.lookup(self._job.input.encoding).name != "utf-8"
         self._shown = {"records": 0, "bytes": 0}
 
-    def batches(self, *, as_tables: bool) -> Iterator[MiniBatch]:
-        """Mini-batches of the split, in order, text parsed where `as_tables`.
+    def batches(self, *, as_tables: bool, with_header: bool = False) -> Iterator[MiniBatch]:
+        """Mini-batches of the split, in order, text parsed where `as_tables`; CSV that is not knows its header.
 
         Records that cannot be parsed are quarantined instead. Raises InputError where nothing can be read, or where
         a type that we inferred does not fit.
         """
-        batches = iter_batches(self._blocks(), self._orders.max_batch_records, self._orders.max_batch_bytes)
+        header = self._header() if with_header and not (as_tables or self._must_parse) else b""
+        max_bytes = self._orders.max_batch_bytes - len(header)
+        batches = iter_batches(self._blocks(), self._orders.max_batch_records, max_bytes)
         while not self._limit.is_spent:
             began = time.perf_counter()
             batch = next(batches, None)
             if batch is not None and (as_tables or self._must_parse):
                 batch = self._parse(batch)
+            elif batch is not None and header and isinstance(batch.records, ByteRecords):
+                batch = MiniBatch(replace(batch.records, header=header), batch.origins)
             self.read_s += time.perf_counter() - began
             if batch is None:
                 return
             if len(batch):
                 yield batch
+
+    def failed_of(self, sent: MiniBatch, outcome: Outcome) -> Origins:
+        """Where the records of a mini-batch lie that failed, and those up to its end that could not be parsed."""
+        places = np.array([failed.place for failed in outcome.failed], np.int64)
+        last = (int(sent.origins.ranges[-1]), int(sent.origins.ordinals[-1]))
+        before = [place for place in self._unparsed if place <= last]
+        self._unparsed = [place for place in self._unparsed if place > last]
+        return Origins.concat([sent.origins.take(places), _origins_at(before)])
+
+    def unparsed(self) -> Origins:
+        """Where the records behind the last mini-batch lie that could not be parsed."""
+        return _origins_at(self._unparsed)
 
     def settle(self, sent: MiniBatch, outcome: Outcome) -> None:
         """Count what became of a mini-batch's records, by range; quarantine those that failed."""
@@ -154,7 +172,7 @@ class Source:
     def _blocks_of(self, number: int, file: ObjectFile) -> Iterator[MiniBatch]:
         found, counts = self._split.ranges[number], self._counts[number]
         with file:
-            reader = self._format.open_range(file, found, number, self._job.input, self._schema)
+            reader = self._open_range(file, found, number)
             for block in reader:
                 counts.first = reader.first
                 self._count("read", block.origins)
@@ -162,6 +180,11 @@ class Source:
                 yield block
             counts.first, counts.next_start = reader.first, reader.next_start
             self._show_bytes(reader.bytes_read, found, counts, file)
+
+    def _open_range(self, file: ObjectFile, found: Range, number: int) -> RangeReader:
+        if found.picks is not None:
+            return PickedRange(file, found, number, self._job.input, self._schema, self._format)
+        return self._format.open_range(file, found, number, self._job.input, self._schema)
 
     def _show_bytes(self, read: int, found: Range, counts: _Counts, file: ObjectFile) -> None:
         """Tell how much of the object, as it is stored, the range has taken so far: a part of the bytes listed."""
@@ -171,6 +194,10 @@ class Source:
         taken = min(read, found.object.size if whole else found.stop - found.start)
         self._show("bytes", taken - counts.bytes_read)
         counts.bytes_read = taken
+
+    def _header(self) -> bytes:
+        to_header = self._format.to_header
+        return to_header(self._schema, self._job.input) if to_header and self._schema else b""
 
     def _parse(self, batch: MiniBatch) -> MiniBatch:
         to_table = self._format.to_table
@@ -188,14 +215,17 @@ class Source:
     def _add_bad(self, batch: MiniBatch, bad: BadRecord) -> None:
         reason = "WrongType" if bad.column else "Unparsable"
         self._limit.found += 1
+        if self._job.on_error.placeholder is not None:
+            self._unparsed.append((int(batch.origins.ranges[bad.index]), int(batch.origins.ordinals[bad.index])))
         self._keep(batch, bad.index, self._failure(batch, bad.index, READING, reason, bad.reason))
 
     def _add_failure(self, sent: MiniBatch, failed: FailedRecord) -> None:
         failure = self._failure(sent, failed.place, failed.stage, failed.why.reason, failed.why.message)
-        self._keep(sent, failed.place, replace(failure, attempts=failed.attempts, location=failed.why.location))
+        failure = replace(failure, attempts=failed.attempts, location=failed.why.location)
+        self._keep(sent, failed.place, failure, mask(failed.why.traceback, self._secrets))
 
-    def _keep(self, batch: MiniBatch, place: int, failure: Failure) -> None:
-        self._quarantine.add(failure, batch, place)
+    def _keep(self, batch: MiniBatch, place: int, failure: Failure, traceback: str = "") -> None:
+        self._quarantine.add(failure, batch, place, traceback)
         self._counts[int(batch.origins.ranges[place])].quarantined += 1
 
     def _failure(self, batch: MiniBatch, place: int, stage: str, reason: str, message: str) -> Failure:
@@ -208,7 +238,9 @@ class Source:
             offset=int(origins.offsets[place]),
             stage=stage,
             reason=reason,
-            message=mask(message[:MAX_MESSAGE_CHARACTERS], self._secrets),
+            # Cut after masking: half a secret would not be found.
+            message=mask(message, self._secrets)[:MAX_MESSAGE_CHARACTERS],
+            record=int(origins.ordinals[place]) if found.is_first else None,
         )
 
     def _count(self, what: str, origins: Origins) -> None:
@@ -222,21 +254,6 @@ class Source:
             self._shown[name] += more
 
 
-LARGEST_COUNTED = 1 << 30
-
-
-def line_of(failure: Failure, spec: InputSpec) -> int | None:
-    """The line of its object on which a failed record begins, from 1: by reading the object up to there.
-
-    None where lines say nothing (Parquet, whole objects, compressed objects), or lie too far to count for a message.
-    """
-    is_text = spec.format in ("csv", "jsonl", "lines") and spec.compression in ("auto", "none")
-    if not is_text or not 0 <= failure.offset < LARGEST_COUNTED or failure.object.endswith((".gz", ".zst")):
-        return None
-    store = open_store(failure.object, spec.storage_options)
-    found = store.stat(failure.object)
-    lines, left = 1, failure.offset
-    with store.open(found.uri, size=found.size, version=failure.version, stop=left) as file:
-        while left and (chunk := file.read(min(left, 1 << 20))):
-            lines, left = lines + chunk.count(b"\n"), left - len(chunk)
-    return lines
+def _origins_at(places: list[tuple[int, int]]) -> Origins:
+    ranges, ordinals = np.array(places, np.int64).reshape(-1, 2).T
+    return Origins(ranges.astype(np.int32), ordinals, np.full(len(places), -1, np.int64))

@@ -1,6 +1,11 @@
 """What a run reads, as small descriptions: input objects, ranges of them, splits. Pure data, sent to workers."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from array import array
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +24,30 @@ class InputObject:
 
 
 @dataclass(frozen=True, slots=True)
+class Picks:
+    """The only records of an object that are read, in order: which ones, from 0, and their first bytes (-1: none)."""
+
+    records: "array[int]"
+    offsets: "array[int]"
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+@dataclass(frozen=True, slots=True)
 class Range:
     """A contiguous piece of one object: the records that *begin* in [start, stop).
 
     The unit is bytes for text formats and row groups for Parquet; a whole object that need not be cut is
     ``(0, WHOLE)``. ``exact`` says that a record begins precisely at ``start``, proved by the split before.
+    With ``picks`` (a redrive) it stands for the whole object, of which these records are read alone.
     """
 
     object: InputObject
     start: int
     stop: int
     exact: bool = False
+    picks: Picks | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -55,8 +73,22 @@ class Split:
 
     index: int
     ranges: tuple[Range, ...]
+    isolated: bool = False
+    """Whether its callables run in child processes: it lost its worker, and one of its records may be why."""
+    allowed_failures: int | None = None
+    """How many of its records may fail before it stops itself: what was left when it was handed out; None: all."""
+
+    @property
+    def is_picked(self) -> bool:
+        """Whether it is of a redrive: of its objects only some records are read."""
+        return bool(self.ranges) and self.ranges[0].picks is not None
 
     def __str__(self) -> str:
         first = str(self.ranges[0]) if self.ranges else "nothing"
         more = f" and {len(self.ranges) - 1:,} more objects" if len(self.ranges) > 1 else ""
         return f"split {self.index} ({first}{more})"
+
+
+def isolated(splits: Iterable[Split]) -> tuple[Split, ...]:
+    """The same splits, to be run with callables in child processes."""
+    return tuple(replace(split, isolated=True) for split in splits)

@@ -46,8 +46,8 @@ def short_path(uri: str, folder: Path) -> str:
         return uri
 
 
-def summarize(manifest: "Manifest", folder: Path, *, was_done: bool = False) -> str:
-    """What a run did, in a dozen lines."""
+def summarize(manifest: "Manifest", folder: Path, *, was_done: bool = False, redrive: str = "") -> str:
+    """What a run did, in a dozen lines; `redrive` is the command for the records that failed."""
     accounts, out = manifest.accounts, short_path(manifest.output, folder)
     failed = count(accounts.quarantined, "record") + " quarantined" if accounts.quarantined else ""
     if was_done:
@@ -76,11 +76,19 @@ def summarize(manifest: "Manifest", folder: Path, *, was_done: bool = False) -> 
         lines.append(
             f"  failed    {accounts.quarantined:>{widths[0]},} records  {first['reason']} in {first['stage']}  {where}"
         )
+    if manifest.is_redriven:
+        new = manifest.generations[-1].accounts
+        lines.append(
+            f"  redriven  {new.read:>{widths[0]},} {'record ' if new.read == 1 else 'records'}"
+            f"  {new.written:,} written, {new.quarantined:,} failed again, {new.dropped:,} dropped"
+        )
     lines.append(
         f"  accounts  {accounts.read:,} read = {accounts.written:,} written + {accounts.quarantined:,} quarantined"
         f" + {accounts.dropped:,} dropped"
     )
     lines.append(f"  time      {_shares(manifest)}")
+    if accounts.quarantined and redrive:
+        lines.append(f"next: {redrive}")
     return "\n".join(lines)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from batchpipe.errors import LockedError
 from batchpipe.orders import HIDDEN
-from batchpipe.runs import RunFolder, sweep_run
+from batchpipe.publication import sweep
+from batchpipe.runs import RunFolder
 from batchpipe.storage import join, open_store
 
 
@@ -18,7 +19,7 @@ def main() -> None:
     store, folder = open_store(order["root"], order["options"]), RunFolder(order["root"], order["run_id"])
     try:
         with store.lock(join(folder.root, HIDDEN, "lock"), {"run": folder.run_id, "sweeps": True}):
-            sweep_run(store, folder)
+            sweep(store, folder)
     except LockedError:
         return
 

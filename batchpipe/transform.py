@@ -4,25 +4,27 @@ Also `run_chain`, the same chain without Dask or files, and the probe that prove
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from batchpipe import __version__
-from batchpipe.batch import MiniBatch, Origins, Records
+from batchpipe.batch import NO_ORIGINS, MiniBatch, Origins, Records
 from batchpipe.chain import Chain, StageRefused, new_stats, open_chain
 from batchpipe.convert import CastError, InputSchema, output_schema
 from batchpipe.errors import BatchpipeError, JobError, PoolError, RecordsFailedError, StageStartError
 from batchpipe.formats import FORMATS
 from batchpipe.invoke import FailureLimit, Outcome
 from batchpipe.job import Job
-from batchpipe.manifest import SplitFailed, SplitResult
+from batchpipe.manifest import Failure, SplitFailed, SplitResult
 from batchpipe.orders import Orders, Schemas
-from batchpipe.parts import Piece, add_source, as_columns, open_piece, open_quarantine
+from batchpipe.parts import Piece, add_source, as_columns, open_piece
+from batchpipe.quarantine import open_quarantine
 from batchpipe.redact import secrets_of
 from batchpipe.source import Source
 from batchpipe.specs.arrow_types import arrow_type
@@ -31,11 +33,15 @@ from batchpipe.stages import StageContext
 from batchpipe.storage import ObjectFile, open_store
 from batchpipe.worker_chain import open_worker_chain
 
+REDRIVEN_COLUMNS = (
+    "answer as the run that is redriven did, whose columns stay; or run the job again into another output.uri"
+)
+
 
 def run_splits(splits: tuple[Split, ...], orders: Orders) -> list[SplitResult | SplitFailed]:
     """Run consecutive splits on this worker's chain; stops at the first that fails or stops itself."""
     _same_version_or_raise(orders)
-    chain = open_worker_chain(orders.job, orders.place.run_id)
+    chain = _open_chain(splits, orders)
     outcomes: list[SplitResult | SplitFailed] = []
     for split in splits:
         try:
@@ -49,13 +55,17 @@ def run_splits(splits: tuple[Split, ...], orders: Orders) -> list[SplitResult | 
     return outcomes
 
 
+def _open_chain(splits: tuple[Split, ...], orders: Orders) -> Chain:
+    return open_worker_chain(orders.job, orders.place.run_id, isolated=any(split.isolated for split in splits))
+
+
 def run_split(chain: Chain, split: Split, orders: Orders) -> SplitResult:
     """Stream one split through the chain into one pending piece.
 
     Raises InputError (3) where it cannot be read, RecordsFailedError (5) where answers do not fit the output,
     OutputError (7) where the piece cannot be written.
     """
-    started, stats, limit = time.perf_counter(), new_stats(), FailureLimit(orders.allowed_failures)
+    started, stats, limit = time.perf_counter(), new_stats(), FailureLimit(split.allowed_failures)
     schemas, write_s = orders.schemas, 0.0
     with (
         open_piece(orders.place, split, schemas.output, keeps_empty=not schemas.is_proved) as piece,
@@ -63,17 +73,20 @@ def run_split(chain: Chain, split: Split, orders: Orders) -> SplitResult:
         Source(split, orders, quarantine, limit) as source,
         _naming_what_was_sent(source, split),
     ):
-        batches = source.batches(as_tables=chain.takes_tables)
+        batches = source.batches(as_tables=chain.takes_tables, with_header=chain.takes_header)
         for sent, outcome in chain.stream(batches, limit, stats):
             began = time.perf_counter()
-            _write(piece, outcome, sent, source)
+            _write(piece, outcome, sent, source, split)
             write_s += time.perf_counter() - began
             source.settle(sent, outcome)
+        piece.write(None, NO_ORIGINS, source.unparsed())
+        quarantined, tracebacks = quarantine.finish()
         return SplitResult(
             split=split.index,
             ranges=source.results(),
             piece=None if limit.is_spent else piece.finish(),
-            quarantine=quarantine.finish(),
+            quarantine=quarantined,
+            tracebacks=tracebacks,
             failures=tuple(quarantine.first),
             stopped=limit.is_spent,
             stages=dict(stats),
@@ -97,53 +110,74 @@ def _naming_what_was_sent(source: Source, split: Split) -> Iterator[None]:
         ) from why
 
 
-def _write(piece: Piece, outcome: Outcome, sent: MiniBatch, source: Source) -> None:
-    if outcome.records is None or not len(outcome.places):
-        return
+def _write(piece: Piece, outcome: Outcome, sent: MiniBatch, source: Source, split: Split) -> None:
     origins = sent.origins.take(outcome.places)
     try:
-        piece.write(outcome.records, origins)
+        piece.write(outcome.records if len(origins) else None, origins, source.failed_of(sent, outcome))
     except CastError as error:
         first = error.index or 0
         msg = f"an answer does not fit the output: {error}"
-        raise RecordsFailedError(msg, where=source.describe(origins.slice(first, first + 1))) from error
+        where, next_ = source.describe(origins.slice(first, first + 1)), REDRIVEN_COLUMNS if split.is_picked else ""
+        raise RecordsFailedError(msg, where=where, next=next_) from error
     except (TypeError, ValueError) as error:
         msg = f"an answer does not fit the output: {error}"
         where = f"{source.describe(origins)} and the {len(origins) - 1:,} after it"
         raise RecordsFailedError(msg, where=where) from error
 
 
-def probe(splits: tuple[Split, ...], orders: Orders) -> Schemas | SplitResult:
+FIRST_RECORDS = 16
+"""So many of the first records must have failed, all of them, before a stage counts as one that answers nothing."""
+MOST_FIRST_RECORDS = 1_000
+"""Where more fail one after the other, the rest of the first mini-batch is not even tried."""
+
+
+def probe(splits: tuple[Split, ...], orders: Orders, is_all: bool) -> Schemas | SplitResult:
     """Send mini-batches of these splits through the chain until a record is answered: what the columns are.
 
-    Not proved where these splits hold no record, or all are dropped. The result of a split that stopped itself where
-    more records fail than may, or all of a mini-batch. Raises what reading and opening the chain raise; no part is
-    written.
+    Not proved where these splits hold no record, or all are dropped. The result of a split that stopped where more
+    records failed than may, or where none of the first ones is answered; `is_all` says that no others will be tried.
+    Raises what reading and opening the chain raise; no part is written.
     """
     _same_version_or_raise(orders)
     job = orders.job
     found = orders.schemas.input or infer_input(splits, job)
-    chain = open_worker_chain(job, orders.place.run_id)
+    chain = _open_chain(splits, orders)
     schemas = Schemas(found, advice=chain.advice())
     orders = replace(orders, schemas=schemas)
+    limit = job.on_error.max_failed_records
+    allowed = MOST_FIRST_RECORDS if limit is None else min(limit, MOST_FIRST_RECORDS)
+    failed, dropped, first = 0, 0, list[Failure]()
     for split in splits:
-        limit, is_hopeless = FailureLimit(orders.allowed_failures), False
+        # Apart: rows that cannot be parsed must not keep the stages from showing that they answer the others.
+        unread, unanswered = FailureLimit(limit), FailureLimit(allowed)
         with (
             open_quarantine(orders.place, split) as quarantine,
-            Source(split, orders, quarantine, limit) as source,
+            Source(split, orders, quarantine, unread) as source,
             _naming_what_was_sent(source, split),
         ):
-            for batch in source.batches(as_tables=chain.takes_tables):
+            for batch in source.batches(as_tables=chain.takes_tables, with_header=chain.takes_header):
                 # One at a time: most often the first one tells, and a second one would be worked on for nothing.
-                for sent, outcome in chain.stream([batch], limit, new_stats()):
+                for sent, outcome in chain.stream([batch], unanswered, new_stats()):
                     if len(outcome.places):
                         return replace(schemas, output=_output_schema(job, outcome, sent, split), is_proved=True)
-                    is_hopeless = len(outcome.failed) == len(sent)
-                if is_hopeless:
+                    source.settle(sent, outcome)
+                    dropped += len(outcome.dropped)
+                if unanswered.is_spent or (failed + quarantine.count >= FIRST_RECORDS and not dropped):
                     break
-        if limit.is_spent or is_hopeless:
-            return run_split(chain, split, replace(orders, allowed_failures=0))
+            failed += quarantine.count
+            first += quarantine.first
+            is_last = is_all and split is splits[-1] and failed > 0
+            if unread.is_spent or unanswered.is_spent or ((failed >= FIRST_RECORDS or is_last) and not dropped):
+                return SplitResult(
+                    split.index, source.results(), None, *quarantine.finish(), failures=tuple(first), stopped=True
+                )
     return schemas
+
+
+def open_stages(orders: Orders) -> Mapping[str, Mapping[str, Any]]:
+    """Open the stages, for a redrive, which knows its columns: what they advise."""
+    _same_version_or_raise(orders)
+    return _open_chain((), orders).advice()
 
 
 def prove_nothing(orders: Orders) -> Schemas:

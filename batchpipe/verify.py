@@ -77,8 +77,9 @@ def _part_problems(store: Store, root: str, manifest: Manifest, part: Part) -> l
             records = count_records(file, InputObject(0, uri, found.size, found.version), manifest.output_format)
         except InputError as error:
             return [f"{part.uri} cannot be read: {error.message}"]
-    if records not in (None, part.records):
-        return [f"{part.uri} holds {records:,} records, published were {part.records:,}"]
+    published = part.records + part.placeholders
+    if records not in (None, published):
+        return [f"{part.uri} holds {records:,} records, published were {published:,}"]
     return []
 
 
@@ -97,6 +98,11 @@ def _account_problems(manifest: Manifest, parts: list[Part], inputs: list[Input]
     written = sum(part.records for part in parts)
     if written != accounts.written:
         yield f"the parts hold {written:,} records, the accounts say {accounts.written:,}"
+    for number, generation in enumerate(manifest.generations):
+        stand_in = sum(part.placeholders for part in parts if part.generation == number)
+        failed = generation.accounts.quarantined
+        if stand_in not in (0, failed):
+            yield f"the parts of {generation.run_id} hold {stand_in:,} placeholders, quarantined were {failed:,}"
     if accounts.read != accounts.written + accounts.quarantined + accounts.dropped:
         yield f"the accounts do not add up: {json.dumps(accounts.model_dump())}"
     for name in ("read", "written", "quarantined", "dropped"):

@@ -6,6 +6,7 @@ for the folder to say where the scheduler is.
 
 import asyncio
 import contextlib
+import faulthandler
 import json
 import os
 import pickle
@@ -23,11 +24,15 @@ if TYPE_CHECKING:
 
 WAIT_S = 600.0
 PARENT_S = 0.5
+CLOSE_S = 7.0
 
 
 def main() -> None:
     """Join the cluster that FOLDER names and work until the scheduler goes away."""
+    faulthandler.register(signal.SIGUSR1)  # how the driver asks what this worker is doing, whatever it does
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):  # a worker can be replaced, so the system shall take it before the driver
+        Path("/proc/self/oom_score_adj").write_text("500")
     folder, name, copy = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="end with parent", daemon=True).start()
     import distributed  # noqa: F401 - the slowest import first, so that the thread below does not contend for it
@@ -38,19 +43,28 @@ def main() -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """End at once when the watcher that started this worker is gone: a stage may be in a call that never returns."""
+    """End when the watcher that started this worker is gone, with what the stages hold, for theirs may be gone as well.
+
+    A stage may be in a call that never returns.
+    """
     while os.getppid() == parent:
         time.sleep(PARENT_S)
+    if worker_chain := sys.modules.get("batchpipe.worker_chain"):
+        closing = threading.Thread(target=worker_chain.close_all, daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
     os._exit(1)
 
 
 def _open_chain(folder: Path, copy: int) -> None:
     from batchpipe import transform  # noqa: F401 - what tasks will need, imported while nobody waits for it
     from batchpipe.errors import BatchpipeError
+    from batchpipe.stages.contract import callables_devices
     from batchpipe.worker_chain import be_copy, open_worker_chain
 
-    be_copy(copy)
+    be_copy(copy, folder)
     job, run_id = pickle.loads(_wait_for(folder / "chain.pickle"))
+    os.environ.update(callables_devices(job, copy))  # before any of their modules is imported
     threading.Thread(target=_open_stores, args=(job,), name="open stores", daemon=True).start()
     with contextlib.suppress(BatchpipeError):  # the first task opens it again and brings the error to the driver
         open_worker_chain(job, run_id)

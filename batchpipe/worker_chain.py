@@ -8,11 +8,11 @@ import contextlib
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchpipe.chain import Chain, open_chain
-from batchpipe.errors import BatchpipeError
+from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.job import Job
 from batchpipe.orders import HIDDEN
 from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX, write_private
@@ -34,49 +34,99 @@ class Held:
     run_id: str
     logs: Path
     release: contextlib.ExitStack
+    watcher: Watcher | None = None
+    isolated: Chain | None = None
+    """The same chain with its callables in child processes, once a split has asked for it."""
+
+    def isolate(self) -> Chain:
+        """The chain for splits that lost their worker."""
+        if self.isolated is None:
+            scratch = self.logs.parent
+            if self.watcher is None:
+                scratch, self.watcher = _open_scratch(self.run_id, self.release)
+            self.isolated = self.chain.with_children(self.job, self.watcher, scratch)
+        return self.isolated
 
     def close(self) -> None:
         """Close the stages, keep their logs beside the output, and release the rest."""
         with self.release:
+            if self.isolated:
+                self.isolated.close_children()
             self.chain.close()
             _keep_logs(self.job, self.run_id, self.logs)
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Of a run that has, or had, its chain in this process."""
+
+    ended: threading.Event = field(default_factory=threading.Event)
+    """Its driver has: a chain that is being opened is given up, and none is opened again, which nobody would close."""
+    closing: threading.Lock = field(default_factory=threading.Lock)
+    """Whoever closes second waits until the first is done."""
+
+
+_runs: dict[str, _Run] = {}
 _held: dict[str, Held] = {}
 _renewed: dict[str, float] = {}
 _opening = threading.Lock()
 _copy = 0
+_scratch: Path | None = None
 
 
-def be_copy(number: int) -> None:
-    """Tell this process which copy of the chain it has, from 0: that chooses its devices (`gpus`)."""
-    global _copy  # noqa: PLW0603 - a worker process is one copy for all of its life
-    _copy = number
+def be_copy(number: int, scratch: Path) -> None:
+    """Tell this process which copy of the chain it has, from 0: that chooses its devices (`gpus`).
+
+    `scratch` is its driver's folder, which goes with the driver: what this process makes there is never left.
+    """
+    global _copy, _scratch
+    _copy, _scratch = number, scratch
 
 
-def open_worker_chain(job: Job, run_id: str) -> Chain:
-    """The chain of a run in this process, opened by whoever asks first. Raises what opening a stage raises (2, 4)."""
+def open_worker_chain(job: Job, run_id: str, *, isolated: bool = False) -> Chain:
+    """The chain of a run in this process, opened by whoever asks first; `isolated`: its callables in child processes.
+
+    Raises what opening a stage raises (2, 4), and PoolError where the run has ended.
+    """
+    ended = _run(run_id).ended
     with _opening:
+        if ended.is_set():
+            raise PoolError(f"run {run_id} has ended: its driver is gone")
         if run_id not in _held:
-            _held[run_id] = _open(job, run_id)
-        return _held[run_id].chain
+            _held[run_id] = _open(job, run_id, ended)
+        held = _held[run_id]
+        return held.isolate() if isolated else held.chain
 
 
 def close_worker_chain(run_id: str) -> None:
-    """Close the chain of a run in this process, if it was opened."""
-    with _opening:
-        held = _held.pop(run_id, None)
-        _renewed.pop(run_id, None)
-    if held is not None:
-        held.close()
+    """Close the chain of a run in this process, if it was opened, for good: until a driver renews its lease."""
+    run = _run(run_id)
+    run.ended.set()
+    with run.closing:
+        with _opening:
+            held = _held.pop(run_id, None)
+            _renewed.pop(run_id, None)
+        if held is not None:
+            held.close()
+
+
+def close_all() -> None:
+    """Close the chains of all runs in this process."""
+    for run_id in list(_runs):
+        close_worker_chain(run_id)
 
 
 def renew_lease(run_id: str) -> None:
     """Note that the run's driver is alive."""
+    _run(run_id).ended.clear()
     is_new = run_id not in _renewed
     _renewed[run_id] = time.monotonic()
     if is_new:
         threading.Thread(target=_watch_lease, args=(run_id,), name=f"lease {run_id}", daemon=True).start()
+
+
+def _run(run_id: str) -> _Run:
+    return _runs.setdefault(run_id, _Run())
 
 
 def _watch_lease(run_id: str) -> None:
@@ -88,20 +138,26 @@ def _watch_lease(run_id: str) -> None:
         time.sleep(left)
 
 
-def _open(job: Job, run_id: str) -> Held:
+def _open(job: Job, run_id: str, ended: threading.Event) -> Held:
     if not _held:
         forget_imports()
     with contextlib.ExitStack() as release:
         watcher: Watcher | None = None
         scratch = logs = Path()
         if any(stage.kind in ("container", "process") for stage in job.stages):
-            scratch = Path(release.enter_context(tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}stages-")))
-            watcher = release.enter_context(open_watcher(scratch=scratch))
-            write_private(scratch / OWNER_FILE, owner.to_bytes(owner.this_process({"run": run_id})))
+            scratch, watcher = _open_scratch(run_id, release)
             logs = scratch / "logs"
             logs.mkdir()
-        chain = open_chain(job, StageContext(run_id, _copy, scratch, logs, secrets_of(job)), watcher)
-        return Held(chain, job, run_id, logs, release.pop_all())
+        chain = open_chain(job, StageContext(run_id, _copy, scratch, logs, secrets_of(job)), watcher, ended)
+        return Held(chain, job, run_id, logs, release.pop_all(), watcher)
+
+
+def _open_scratch(run_id: str, release: contextlib.ExitStack) -> tuple[Path, Watcher]:
+    """A folder for what stages need beside them, and the watcher that outlives a killed worker."""
+    scratch = Path(release.enter_context(tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}stages-", dir=_scratch)))
+    watcher = release.enter_context(open_watcher(scratch=scratch))
+    write_private(scratch / OWNER_FILE, owner.to_bytes(owner.this_process({"run": run_id})))
+    return scratch, watcher
 
 
 def _keep_logs(job: Job, run_id: str, logs: Path) -> None:

@@ -3,7 +3,6 @@
 import functools
 import os
 import shutil
-import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.jobs import hear_signals
 from tests.s3_server import S3Server, start_s3_server
 
 # Time says nothing here: the cores are shared, and a property is no benchmark.
@@ -24,8 +24,7 @@ ENGINES = ["docker", "podman"]
 REQUIRED = os.environ.get("BATCHPIPE_REQUIRE", "")
 
 
-# Who starts the tests in the background of a script has them ignore Ctrl-C, and with them all that they start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+hear_signals()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
@@ -55,7 +54,9 @@ def clean_environ(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("AWS_", "BATCHPIPE_"))]:
             patch.delenv(name)
-        patch.setenv("DOCKER_CONFIG", os.environ.get("DOCKER_CONFIG", str(Path.home() / ".docker")))  # names the engine
+        named = Path(os.environ.get("DOCKER_CONFIG", Path.home() / ".docker"))
+        if (named / "config.json").exists():  # podman refuses a folder without one
+            patch.setenv("DOCKER_CONFIG", str(named))  # which engine the command speaks to
         patch.setenv("HOME", str(home))
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # without credentials botocore would ask the network

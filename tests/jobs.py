@@ -6,17 +6,20 @@ Every process of a run carries the folder's TMPDIR in its environment: that is h
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import yaml
 
+ENGINE_VARIABLES = ("DOCKER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")
 COMMAND = [sys.executable, "-m", "batchpipe"]
 
 # What stages of several tests share: they wait for a file, which the test makes when it has looked.
@@ -54,16 +57,28 @@ class Result:
         return document
 
 
+def hear_signals() -> None:
+    """Be told of Ctrl-C and of a hang-up, and with us all that we start.
+
+    The background of a script ignores the one, what `nohup` starts the other.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Jobs:
     """A folder with job files, stage modules and inputs; `run` and `start` are the command line."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.run_id = f"test-{uuid4().hex[:8]}"
+        """For runs whose containers are looked for: other tests may use the engine at the same time."""
         self.out = folder / "out"
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True)
         self._started: list[subprocess.Popen[str]] = []
         self.environment = {"PATH": os.environ["PATH"], "HOME": "/proc", "TMPDIR": str(self.temporary)}
+        self.environment |= {name: os.environ[name] for name in ENGINE_VARIABLES if name in os.environ}
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a file of the folder."""
@@ -116,7 +131,12 @@ class Jobs:
 
     def is_released(self) -> bool:
         """Whether no process and no temporary file is left (G5)."""
-        return not any(self.temporary.iterdir()) and not self.processes()
+        return not self.left()
+
+    def left(self) -> list[str]:
+        """Processes and temporary files of this folder's runs that are there."""
+        running = [f"{process.pid}: {_command(process)}" for process in self.processes()]
+        return running + [str(path) for path in below(self.temporary)]
 
     def end(self) -> None:
         """Kill what a failed test left."""
@@ -126,7 +146,7 @@ class Jobs:
         for started in self._started:
             if started.stdout and not started.stdout.closed:
                 started.kill()
-                started.communicate()
+                started.communicate(timeout=30)
 
     def parts(self) -> list[Path]:
         """The published files, in order of their names."""
@@ -144,6 +164,10 @@ class Jobs:
         """Files below the output's own folder, by glob."""
         return sorted((self.out / "_batchpipe").glob(pattern))
 
+    def quarantined(self) -> list[dict[str, Any]]:
+        """All lines of the quarantine, in order of their splits."""
+        return [json.loads(line) for path in self.hidden("*/quarantine/*") for line in path.read_text().splitlines()]
+
     def table(self, name: str) -> list[dict[str, Any]]:
         """One of the manifest's long tables."""
         (path,) = self.hidden(f"*/{name}.jsonl")
@@ -160,12 +184,28 @@ def open_jobs(folder: Path) -> Iterator[Jobs]:
         jobs.end()
 
 
+@contextlib.contextmanager
+def running(command: Sequence[str | Path], **options: Any) -> "Iterator[subprocess.Popen[Any]]":
+    """A process that is killed where the block ends, however it does: Popen alone would wait for it, without end."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def until(condition: Callable[[], object], within_s: float = 10.0) -> None:
     """Wait for what another process does; 10 s is what G5 promises."""
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {within_s} s"
         time.sleep(0.02)
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """What lies below a folder. Unlike a glob it bears with what is removed while it looks."""
+    for found, folders, files in os.walk(folder):
+        yield from (Path(found) / name for name in [*folders, *files])
 
 
 def csv_rows(count: int, first: int = 0) -> str:

@@ -5,7 +5,7 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import Any
 
 from batchpipe.batch import ByteRecords, Records
 from batchpipe.chain import new_stats
-from batchpipe.invoke import FailureLimit, Outcome, invoke
+from batchpipe.invoke import FailureLimit, Invoker, Outcome
 from batchpipe.job import Job, StageSpec
 from batchpipe.jobfile import load_job
 from batchpipe.redact import secrets_of
 from batchpipe.stages import Answer, InvocationFailed, OpenStage, StageContext, open_stage
 from batchpipe.stages.http import HttpStage
 
+ANSWER_S = 100.0
+"""Below what a test may take."""
 SERVER = [sys.executable, str(Path(__file__).with_name("stage_server.py"))]
 
 
@@ -32,10 +34,12 @@ def make_job(folder: Path, *stages: dict[str, Any], **blocks: Any) -> Job:
     return load_job(folder / "job.yaml")
 
 
-def make_context(folder: Path, job: Job, *, copy: int = 0, run_id: str = "run1") -> StageContext:
+def make_context(
+    folder: Path, job: Job, *, copy: int = 0, run_id: str = "run1", advice: Mapping[str, object] | None = None
+) -> StageContext:
     """What a worker would hand to the stages of this job."""
     (folder / "scratch").mkdir(parents=True, exist_ok=True)
-    return StageContext(run_id, copy, folder / "scratch", folder / "logs", secrets_of(job))
+    return StageContext(run_id, copy, folder / "scratch", folder / "logs", secrets_of(job), advice or {})
 
 
 class Opened:
@@ -44,16 +48,16 @@ class Opened:
     def __init__(self, stage: HttpStage) -> None:
         self.stage = stage
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
 
     def invoke(self, records: Records) -> Answer:
-        return asyncio.run_coroutine_threadsafe(self.stage.invoke(records), self.loop).result(30)
+        return asyncio.run_coroutine_threadsafe(self.stage.invoke(records), self.loop).result(ANSWER_S)
 
     def outcome(self, records: Records) -> Outcome:
         """Invoke as a chain does, without retries: what became of each record."""
-        invocation = invoke(self.stage, records, 0, FailureLimit(None), new_stats())
-        return asyncio.run_coroutine_threadsafe(invocation, self.loop).result(30)
+        invocation = Invoker(self.stage, 0).invoke(records, FailureLimit(None), new_stats())
+        return asyncio.run_coroutine_threadsafe(invocation, self.loop).result(ANSWER_S)
 
     def csv(self, *lines: str) -> list[str]:
         """Send lines as CSV records; return the answer's."""
@@ -67,7 +71,7 @@ class Opened:
         async def gather() -> list[Answer | BaseException]:
             return await asyncio.gather(*(self.stage.invoke(batch) for batch in batches), return_exceptions=True)
 
-        return asyncio.run_coroutine_threadsafe(gather(), self.loop).result(30)
+        return asyncio.run_coroutine_threadsafe(gather(), self.loop).result(ANSWER_S)
 
     def failure(self, *lines: str) -> InvocationFailed:
         """The failure of sending these lines."""
@@ -80,7 +84,7 @@ class Opened:
     def close(self) -> None:
         self.stage.close()
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
+        self.thread.join(10)
         self.loop.close()
 
 
@@ -94,13 +98,14 @@ def opened(
     *stages: dict[str, Any],
     copy: int = 0,
     run_id: str = "run1",
+    advice: Mapping[str, object] | None = None,
     open_it: Callable[[StageSpec, Job, StageContext], OpenStage] | None = None,
     **blocks: Any,
 ) -> Iterator[Opened]:
     """Open the first of these stages."""
     job = make_job(folder, *stages, **blocks)
     open_it = open_it or partial(open_stage, watcher=None, cancelled=threading.Event())
-    stage = open_it(job.stages[0], job, make_context(folder, job, copy=copy, run_id=run_id))
+    stage = open_it(job.stages[0], job, make_context(folder, job, copy=copy, run_id=run_id, advice=advice))
     assert isinstance(stage, HttpStage)
     with contextlib.closing(Opened(stage)) as opened:
         yield opened

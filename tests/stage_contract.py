@@ -1,6 +1,7 @@
 """What every stage whose server we start must do, be it a process or a container: each kind's tests derive from it."""
 
 import json
+import os
 import tarfile
 import threading
 import time
@@ -11,15 +12,21 @@ from typing import Any
 import pytest
 
 from batchpipe.errors import StageStartError
-from batchpipe.stages import Answer
+from batchpipe.stages import Answer, Remedy
 from tests.opened_stage import Opened, csv_records
 
 Open = Callable[..., Opened]
 """``open_server(environment={...}, model_data=..., batch={...}, **keys of the stage)``."""
 
 
+LOG_BYTES = 17 << 20
+"""Of one server's log, at most: two files of 8 MB, and some."""
+
+
 class StageContract:
-    """Derived classes have the fixtures ``open_server`` and ``left``: what the stages started that is still there."""
+    """Derived classes have fixtures: ``open_server``; ``left``, what the stages started that is still there; and
+    ``log_on_disk``, the bytes that are kept of a log while its server runs.
+    """
 
     def test_server_that_pings_is_invoked(self, open_server: Open):
         assert open_server().csv("1,2", "3,4") == ["1,2", "3,4"]
@@ -79,6 +86,28 @@ class StageContract:
         assert stage.advice.as_document() == advice
         assert stage.exchange.single_record
 
+    def test_without_advice_a_stage_has_the_defaults(self, open_server: Open):
+        stage = open_server().stage
+
+        assert (stage.concurrency, stage.max_payload_bytes) == (os.cpu_count(), 6 << 20)
+        assert not stage.exchange.single_record
+
+    def test_job_decides_how_many_records_a_request_has_whatever_is_advised(self, open_server: Open):
+        environment = {"STAGE_PARAMETERS": '{"BATCH_STRATEGY": "SINGLE_RECORD", "MAX_PAYLOAD_IN_MB": "2"}'}
+
+        stage = open_server(environment=environment, batch={"max_records": 9}).stage
+
+        assert not stage.exchange.single_record
+        assert stage.max_payload_bytes == 2 << 20
+
+    def test_advice_of_the_probe_stands_whatever_a_later_server_says(self, open_server: Open):
+        environment = {"STAGE_PARAMETERS": '{"MaxPayloadInMB": 5, "BatchStrategy": "SINGLE_RECORD"}'}
+
+        stage = open_server(environment=environment, advice={"stage": {"MaxPayloadInMB": 2}}).stage
+
+        assert stage.max_payload_bytes == 2 << 20
+        assert not stage.exchange.single_record
+
     def test_model_is_there_to_be_read(self, open_server: Open, tmp_path: Path):
         (tmp_path / "weights").write_text("w")
         with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as tar:
@@ -110,10 +139,10 @@ class StageContract:
         assert not left()
 
     def test_server_that_never_pings_is_given_up(self, open_server: Open, left: Callable[[], list[str]]):
-        text = r"did not start: no 200 from /ping within 1 s \(startup_timeout_s\), at last HTTP 503"
+        text = r"did not start: no 200 from /ping within 5 s \(startup_timeout_s\), at last HTTP 503"
 
         with pytest.raises(StageStartError, match=text):
-            open_server(environment={"STAGE_PING": "503"}, startup_timeout_s=1)
+            open_server(environment={"STAGE_PING": "503"}, startup_timeout_s=5)
 
         assert not left()
 
@@ -126,13 +155,37 @@ class StageContract:
 
         assert not left()
 
-    def test_server_that_ends_while_it_is_asked_is_gone_for_good(self, open_server: Open):
+    def test_server_that_died_is_told_and_started_again(self, open_server: Open, tmp_path: Path):
         stage = open_server()
 
-        with pytest.raises(StageStartError, match=r"^stage 'stage' is gone: .* exited with code 5 after") as error:
-            stage.csv("!exit 5")
+        failure = stage.failure("!exit 5")
 
-        assert "log:   serving on " in str(error.value)
+        assert (failure.reason, failure.remedy) == ("ServerDied", Remedy.DIED)
+        assert " exited with code 5 after " in failure.message
+        assert "serving on " in failure.traceback
+        assert stage.csv("1") == ["1"]
+        stage.stage.close()
+        assert (tmp_path / "logs" / "stage.log").read_text().count("serving on ") == 2
+
+    def test_requests_beside_one_that_kills_the_server_are_not_at_fault(self, open_server: Open):
+        stage = open_server(max_concurrent_transforms=4, batch={"max_records": 1})
+
+        outcome = stage.outcome(csv_records("1", "!slow 0.2", "!exit 5", "4", "5", "6"))
+
+        assert [(failed.place, failed.why.reason) for failed in outcome.failed] == [(2, "ServerDied")]
+        assert outcome.places.tolist() == [0, 1, 3, 4, 5]
+
+    def test_server_that_answers_no_ping_after_a_timeout_is_started_again(
+        self, open_server: Open, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("batchpipe.stages.served.UNANSWERED_S", 0.5)
+        stage = open_server(invocations_timeout_s=0.5)
+
+        failure = stage.failure("!freeze")
+
+        assert (failure.reason, failure.remedy) == ("ServerDied", Remedy.DIED)
+        assert failure.message.startswith("no answer within 0.5 s (invocations_timeout_s), and its ping is not")
+        assert stage.csv("1") == ["1"]
 
     def test_server_that_drops_a_connection_is_not_taken_for_gone(self, open_server: Open):
         stage = open_server()
@@ -164,15 +217,33 @@ class StageContract:
 
         assert "s3cr3t" not in str(error.value)
 
-    def test_flood_of_logs_is_bounded_and_its_end_kept(self, open_server: Open, tmp_path: Path):
+    def test_gigabyte_of_logs_is_bounded_in_memory_and_on_disk_and_its_end_kept(
+        self, open_server: Open, tmp_path: Path, log_on_disk: Callable[[], int]
+    ):
         stage = open_server()
-        stage.csv("!flood 64")
+        before = start_peak()
 
+        stage.csv("!flood 1024")
+        on_disk = log_on_disk()
         stage.stage.close()
 
+        assert 1 << 20 < on_disk <= LOG_BYTES
+        assert peak() - before <= 8 * LOG_BYTES  # as bytes, as text, masked, and as bytes again
         log = tmp_path / "logs" / "stage.log"
-        assert log.stat().st_size <= 17 << 20
+        assert log.stat().st_size <= LOG_BYTES
         assert log.read_text().endswith("end of the flood\n")
+
+
+def start_peak() -> int:
+    """Forget the most memory that this process ever had; what it has now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """The most memory that this process had since `start_peak`, in bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].removesuffix("kB")) << 10
 
 
 def state_of(stage: Opened) -> dict[str, Any]:

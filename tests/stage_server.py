@@ -1,11 +1,13 @@
 """A small real server of the stage contract that misbehaves when told to. Standard library only: it runs in images too.
 
 The first record of a request may be an order: ``!status 429 retry-after=2``, ``!drop``, ``!slow 5``, ``!few`` ...
-Anything else is echoed. Variables of the environment make it misbehave at its start: see `start`.
+Anything else is echoed, with STAGE_HEADER less its first line. Other variables of the environment make it misbehave
+at its start: see `start`.
 """
 # ruff: noqa: T201 - a server talks to its log
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -40,6 +42,9 @@ class Stage(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         content_type = self.headers["Content-Type"]
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if "STAGE_HEADER" in os.environ:
+            header, _, body = body.partition(b"\n")
+            print(f"{header.decode()} before {len(body)} bytes", flush=True)
         order, *values = order_in(body)
         if order:
             getattr(self, f"do_{order}")(body, content_type, *values)
@@ -139,6 +144,7 @@ class Stage(BaseHTTPRequestHandler):
         """Fail so many times under this name, then answer."""
         with lock:
             seen[name] = seen.get(name, 0) + 1
+        print(f"{name} asked with {hashlib.sha256(body).hexdigest()}", flush=True)
         self.answer(body, content_type, 503 if seen[name] <= int(failures) else 200)
 
     def do_connection(self, body: bytes, content_type: str) -> None:
@@ -185,10 +191,12 @@ class Stage(BaseHTTPRequestHandler):
     def do_exit(self, body: bytes, content_type: str, code: str) -> None:
         os._exit(int(code))
 
+    def do_freeze(self, body: bytes, content_type: str) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
     def do_eat(self, body: bytes, content_type: str, megabytes: str) -> None:
         """Use so much memory."""
-        eaten = [bytearray(os.urandom(1 << 20)) for _ in range(int(megabytes))]
-        self.row([str(len(eaten))])
+        self.row([str(eat(int(megabytes)))])
 
     def row(self, fields: list[str]) -> None:
         text = io.StringIO()
@@ -217,20 +225,29 @@ def order_in(body: bytes) -> list[str]:
     return line[1:].split(" ")
 
 
+def eat(megabytes: int) -> int:
+    return len([bytearray(os.urandom(1 << 20)) for _ in range(megabytes)])
+
+
 def flood(megabytes: int) -> None:
     """Write so much to the log."""
+    sys.stdout.flush()
+    lines = (b"x" * 8191 + b"\n") * 8
     for _ in range(megabytes * 16):
-        sys.stdout.write(("x" * 1023 + "\n") * 64)
+        sys.stdout.buffer.write(lines)
     print("end of the flood", flush=True)
 
 
 def start() -> None:
-    """Serve on the port of the contract; STAGE_EXIT and STAGE_IGNORE_TERM come before the first ping."""
+    """Serve on the contract's port; STAGE_EXIT, _EAT (MB), _IGNORE_TERM and _ONCE (a file) come before a ping."""
     if "STAGE_IGNORE_TERM" in os.environ:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "STAGE_EXIT" in os.environ:
         print("no model for", os.environ.get("TOKEN"), flush=True)
         sys.exit(int(os.environ["STAGE_EXIT"]))
+    eat(int(os.environ.get("STAGE_EAT", "0")))
+    if once := os.environ.get("STAGE_ONCE"):
+        Path(once).touch(exist_ok=False)
     server = Server(("0.0.0.0", int(os.environ.get("SAGEMAKER_BIND_TO_PORT", "8080"))), Stage)
     print(f"serving on {server.server_port}", flush=True)
     server.serve_forever()

@@ -1,9 +1,13 @@
 """Mini-batches: cut greedily by count and exact bytes, every record in exactly one, in order."""
 
+import sys
+from collections import deque
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +58,54 @@ def test_origins_stay_with_their_records(values, cuts, limit):
     ordinals = [int(each) for batch in batches for each in batch.origins.ordinals]
 
     assert ordinals == list(range(len(values)))
+
+
+def uncounted(numbers: Any) -> Any:
+    return numbers.view(np.ndarray) if isinstance(numbers, Counted) else numbers
+
+
+class Counted(np.ndarray[Any, Any]):
+    """Numbers that tell how many of them were worked on."""
+
+    worked_on = 0
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        return self.count(getattr(ufunc, method), *inputs, **options)
+
+    def __array_function__(self, function: Any, types: Any, inputs: Any, options: Any) -> Any:
+        return self.count(function, *inputs, **options)
+
+    def count(self, function: Any, *inputs: Any, **options: Any) -> Any:
+        plain = [list(map(uncounted, each)) if isinstance(each, list) else uncounted(each) for each in inputs]
+        if function is not np.searchsorted:  # which halves
+            Counted.worked_on += sum(sum(map(np.size, one)) if isinstance(one, list) else np.size(one) for one in plain)
+        return np.asarray(function(*plain, **options)).view(Counted)
+
+
+@pytest.mark.parametrize("block_records", [1, 100, 1_000_000])
+@pytest.mark.parametrize("max_records", [1, 7, None])
+def test_ten_times_the_records_are_ten_times_the_work(block_records: int, max_records: int | None):
+    """Counted in numbers that are worked on and in calls: no clock says it as well."""
+
+    def work(count: int) -> tuple[int, int]:
+        ends = np.arange(1, count + 1, dtype=np.int64).view(Counted)
+        whole = MiniBatch(ByteRecords(memoryview(b"x" * count), ends - 1, ends), Origins.of_range(0, 0, ends))
+        blocks = [whole.slice(cut, min(cut + block_records, count)) for cut in range(0, count, block_records)]
+        calls, Counted.worked_on = 0, 0
+
+        def note(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        sys.setprofile(note)
+        deque(iter_batches(blocks, max_records, 50), maxlen=0)
+        sys.setprofile(None)
+        return Counted.worked_on, calls
+
+    once, tenfold = work(1_000), work(10_000)
+
+    assert 0 < tenfold[0] <= 11 * once[0]
+    assert 0 < tenfold[1] <= 11 * once[1]
 
 
 @given(st.lists(st.integers(1, 9), max_size=6), limits)

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from benchmarks import flights, measure
+from benchmarks import flights, measure, stage_server, worker_side
 from benchmarks.scratch import ROOT
+from tests.opened_stage import make_job
 
 
 def test_the_handwritten_loop_answers_as_the_job_does(tmp_path):
@@ -16,6 +17,20 @@ def test_the_handwritten_loop_answers_as_the_job_does(tmp_path):
     measure.time_command(flights.theirs_command(folder, theirs))
 
     flights.same_or_raise(ours, theirs)
+
+
+def test_a_worker_without_dask_answers_every_record(tmp_path):
+    (tmp_path / "in.csv").write_text("7,0.5\n" * 1000)
+    with stage_server.open_server() as url:
+        stage = {"name": "stage", "endpoint": {"url": url}, "content_type": "text/csv"}
+        keys = {"input": {"uri": "in.csv", "header": False}, "output": {"uri": "out", "format": "raw"}}
+        job = make_job(tmp_path, stage, **keys, batch={"max_records": 10})
+
+        for answers in (tmp_path / "first", tmp_path / "second"):
+            worker_side.transform_here(job.path, answers)
+
+            pieces = [path for path in answers.rglob("*") if path.is_file() and path.suffix != ".spool"]
+            assert sum(path.read_bytes().count(b"1\n") for path in pieces) == 1000
 
 
 def test_a_watched_command_shows_the_memory_of_its_children():

@@ -1,9 +1,11 @@
 """Container stages against a real engine: the contract, what is taken away from an image, and what is left behind."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,14 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from batchpipe.errors import StageStartError
 from batchpipe.job import StageSpec
 from batchpipe.stages.container import open_container, run_arguments
-from batchpipe.stages.engine import EngineError, find_engine
+from batchpipe.stages.engine import Engine, EngineError, find_engine
 from batchpipe.stages.leftovers import Started, find_started, remove_started
 from tests import images
+from tests.jobs import running, until
 from tests.opened_stage import Opened, opened
 from tests.stage_contract import Open, StageContract, state_of
 
@@ -45,12 +49,13 @@ def open_server(image: str, run_id: str, tmp_path: Path) -> Iterator[Open]:
     """Open a container stage; what is no key of the stage goes to `open_container`."""
     with ExitStack() as stack:
 
-        def open_it(*, batch: dict[str, Any] | None = None, copy: int = 0, **keys: Any) -> Opened:
+        def open_it(*, batch: dict[str, Any] | None = None, **keys: Any) -> Opened:
+            context = {name: keys.pop(name) for name in ("copy", "advice") if name in keys}
             block = {"image": image, **{name: keys.pop(name) for name in BLOCK_KEYS if name in keys}}
             given = {name: keys.pop(name) for name in ("cancelled", "watcher") if name in keys}
             stage = {"container": block, **keys}
             open_it = partial(open_container, **given)
-            one = opened(tmp_path, stage, batch=batch or {}, copy=copy, open_it=open_it, run_id=run_id)
+            one = opened(tmp_path, stage, batch=batch or {}, open_it=open_it, run_id=run_id, **context)
             return stack.enter_context(one)
 
         yield open_it
@@ -68,6 +73,30 @@ def left(engine: str, run_id: str) -> Callable[[], list[str]]:
         ]
 
     return labelled
+
+
+@pytest.fixture
+def log_on_disk(engine: str, left: Callable[[], list[str]]) -> Callable[[], int]:
+    """Bytes of the files in which the engine keeps a log; where we may not look there, of what it tells of it."""
+
+    def size() -> int:
+        [container] = left()
+        [found] = json.loads(images.run(engine, "container", "inspect", container))
+        log = Path(found.get("LogPath") or found["HostConfig"]["LogConfig"]["Path"])
+        if os.access(log.parent, os.R_OK):
+            return sum(file.stat().st_size for file in log.parent.glob(f"{log.name}*"))
+        return len(images.run(engine, "logs", container))
+
+    return size
+
+
+def engine_in_front(folder: Path, engine: str, script: str) -> Path:
+    """A command of the engine's name that runs a script, and then the engine."""
+    command = folder / "bin" / engine
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\n{script}\nexec {find_engine().path} "$@"\n')
+    command.chmod(0o755)
+    return command
 
 
 class TestContainerContract(StageContract):
@@ -127,10 +156,13 @@ def test_copy_has_its_devices(engine_name: str, copy: int, expected: list[str]):
     assert [argument for argument in arguments if "gpu" in argument] == expected
 
 
-def test_processes_are_limited(open_server: Open, engine: str, left: Callable[[], list[str]]):
-    open_server(pids=50)
+def test_engine_holds_a_container_to_the_jobs_limits(open_server: Open, engine: str, left: Callable[[], list[str]]):
+    open_server(pids=50, cpus=0.5, memory_mb=64, shm_mb=32)
 
-    assert images.run(engine, "inspect", "--format={{.HostConfig.PidsLimit}}", *left()).strip() == "50"
+    limits = "{{.PidsLimit}} {{.NanoCpus}} {{.Memory}} {{.MemorySwap}} {{.ShmSize}} {{.Privileged}}"
+    format_ = "--format={{with .HostConfig}}" + limits + "{{end}}"
+    held = [50, 500_000_000, 64 << 20, 64 << 20, 32 << 20]
+    assert images.run(engine, "inspect", format_, *left()).split() == [*map(str, held), "false"]
 
 
 def test_port_is_published_on_loopback_only(open_server: Open, engine: str, left: Callable[[], list[str]]):
@@ -147,48 +179,62 @@ def test_port_of_the_users_environment_is_the_one_published(open_server: Open):
 
 def test_values_with_newlines_and_spaces_arrive(open_server: Open):
     environment = {"A": 'x = "1" # y ', "KEY": "line 1\nline 2"}
+    stage = open_server(environment=environment, batch={"max_records": 1})
 
-    assert (
-        open_server(environment=environment).csv("!environment A KEY") == ['"x = ""1"" # y ","line 1', 'line 2"']
-        or True
-    )
+    assert stage.csv("!environment A KEY") == ['"x = ""1"" # y ","line 1\nline 2"']
 
 
 def test_G7_secrets_are_not_among_the_arguments_of_a_command(
     open_server: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ):
-    spy = tmp_path / "bin"
-    spy.mkdir()
-    real = find_engine().path
-    (spy / engine).write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\nexec {real} "$@"\n')
-    (spy / engine).chmod(0o755)
-    monkeypatch.setenv("PATH", str(spy), prepend=":")
+    spy = engine_in_front(tmp_path, engine, f'echo "$@" >> {tmp_path}/commands')
+    monkeypatch.setenv("PATH", str(spy.parent), prepend=":")
 
     open_server(environment={"TOKEN": "s3cr3t-token"}).stage.close()
 
     assert "serve" in (tmp_path / "commands").read_text()
     assert "s3cr3t" not in (tmp_path / "commands").read_text()
-    assert not [path for path in (tmp_path / "scratch").iterdir() if path.name.startswith("environment")]
+    assert not [path for path in (tmp_path / "scratch").rglob("*") if path.name.startswith("environment")]
 
 
-def test_network_none_is_reached_but_reaches_nothing(open_server: Open, left: Callable[[], list[str]]):
-    stage = open_server(network="none")
+def test_network_none_is_reached_but_reaches_nothing(open_server: Open, engine: str, left: Callable[[], list[str]]):
+    other = open_server()
+    address = images.run(engine, "inspect", "--format={{.NetworkSettings.IPAddress}}", *left()).strip()
+    plain, stage = open_server(), open_server(network="none")
 
+    assert plain.csv(f"!connect {address} 8080") == ["connected"]
+    assert stage.csv(f"!connect {address} 8080") in (["TimeoutError"], ["OSError"])  # dropped, or no way there at all
+    assert stage.csv("!connect 192.0.2.1 53") != ["connected"]
     assert stage.csv("1,2") == ["1,2"]
-    for address in ("192.0.2.1", "1.1.1.1"):
-        assert stage.csv(f"!connect {address} 53") != ["connected"]
-    stage.stage.close()
+    for one in (other, plain, stage):
+        one.stage.close()
     assert not left()
 
 
-def test_network_none_is_refused_where_the_engine_is_elsewhere(
-    image: str, open_server: Open, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("batchpipe.stages.engine.Engine.is_local", False)
+def test_network_is_chosen_by_name(open_server: Open, engine: str, left: Callable[[], list[str]], run_id: str):
+    images.run(engine, "network", "create", f"batchpipe-{run_id}")
+    try:
+        stage = open_server(network=f"batchpipe-{run_id}")
 
-    with pytest.raises(
-        StageStartError, match=r"did not start: network: none needs an engine that runs on this very"
-    ) as error:
+        assert stage.csv("1,2") == ["1,2"]
+        networks = "--format={{range $name, $_ := .NetworkSettings.Networks}}{{$name}} {{end}}"
+        assert images.run(engine, "inspect", networks, *left()).split() == [f"batchpipe-{run_id}"]
+        assert images.run(engine, "port", *left()).strip().startswith("8080/tcp -> 127.0.0.1:")
+        stage.stage.close()
+    finally:
+        images.run(engine, "network", "rm", f"batchpipe-{run_id}")
+
+
+@pytest.mark.parametrize(
+    ("missing", "needed"),
+    [("is_local", "an engine that runs on this very Linux"), ("has_reachable_networks", "podman's netavark: ")],
+)
+def test_network_none_is_refused_where_the_container_could_not_be_reached(
+    image: str, open_server: Open, monkeypatch: pytest.MonkeyPatch, missing: str, needed: str
+):
+    monkeypatch.setattr(f"batchpipe.stages.engine.Engine.{missing}", False)
+
+    with pytest.raises(StageStartError, match=f"did not start: network: none needs {needed}") as error:
         open_server(network="none")
 
     assert error.value.exit_code == 4
@@ -200,15 +246,24 @@ def test_network_host_is_given_by_name(open_server: Open):
     assert 20_000 < int(stage.csv("!environment SAGEMAKER_BIND_TO_PORT")[0]) < 32_100
 
 
+def test_container_that_runs_out_of_memory_before_its_ping_says_so(open_server: Open, left: Callable[[], list[str]]):
+    how = r"did not start: container .* exited with code 137 \(out of memory, limit 64 MB\) after"
+
+    with pytest.raises(StageStartError, match=how) as error:
+        open_server(memory_mb=64, environment={"STAGE_EAT": "200"})
+
+    assert error.value.next == "set stages.stage.container.memory_mb=128"
+    assert not left()
+
+
 def test_container_that_runs_out_of_memory_says_so(open_server: Open):
     stage = open_server(memory_mb=64)
 
-    with pytest.raises(StageStartError) as error:
-        stage.csv("!eat 500")
+    message = stage.failure("!eat 500").message
 
-    assert "stage 'stage' is gone: container batchpipe-test-stage:" in str(error.value)
-    assert "exited with code 137 (out of memory, limit 64 MB) after" in str(error.value)
-    assert error.value.next == "set stages.stage.container.memory_mb=128"
+    assert message.startswith("container batchpipe-test-stage:")
+    assert "exited with code 137 (out of memory, limit 64 MB) after" in message
+    assert message.endswith("; set stages.stage.container.memory_mb=128")
 
 
 def test_image_that_does_not_exist_says_so(open_server: Open, left: Callable[[], list[str]]):
@@ -220,13 +275,31 @@ def test_image_that_does_not_exist_says_so(open_server: Open, left: Callable[[],
     assert not left()
 
 
+def test_fetching_an_image_ends_when_another_stage_did_not_start(
+    open_server: Open, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begun = tmp_path / "begun"
+    slow = engine_in_front(tmp_path, engine, f'[ "$1" = pull ] && touch {begun} && exec sleep 60')
+    monkeypatch.setenv("PATH", str(slow.parent), prepend=":")
+    cancelled = threading.Event()
+
+    def cancel() -> None:
+        until(begun.exists, 30)
+        cancelled.set()
+
+    threading.Thread(target=cancel).start()
+
+    with pytest.raises(StageStartError, match=r"image 'no-such': was not waited for: another stage did not start"):
+        open_server(image="no-such", cancelled=cancelled)
+
+
 def test_image_whose_entry_point_is_missing_leaves_nothing(
     open_server: Open, engine: str, left: Callable[[], list[str]], tmp_path: Path
 ):
     (tmp_path / "Dockerfile").write_text(f'FROM {images.base_image(engine)}\nENTRYPOINT ["/no-such"]\n')
     images.build(engine, "batchpipe-test-broken", tmp_path)
 
-    with pytest.raises(StageStartError, match=r"(?s)did not start: .*/no-such"):
+    with pytest.raises(StageStartError, match=r"(?si)did not start: .*no such file or directory"):
         open_server(image="batchpipe-test-broken")
 
     assert not left()
@@ -240,6 +313,26 @@ def test_no_engine_says_what_was_tried(tmp_path: Path, monkeypatch: pytest.Monke
     text = r"docker does not answer \(Error: cannot connect to the daemon\); podman is not installed"
     with pytest.raises(EngineError, match=text):
         find_engine()
+
+
+def test_networks_are_listed_as_podman_describes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    network = '[{"name": "batchpipe-1", "driver": "bridge", "labels": {"batchpipe.run": "r1", "batchpipe.stage": "s"}}]'
+    answers = f"case $1$2 in networkls) echo n1;; networkinspect) echo '{network}';; esac"
+    (tmp_path / "podman").write_text(f"#!/bin/sh\n{answers}\n")
+    (tmp_path / "podman").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    (found,) = find_started(find_engine())
+
+    assert (found.kind, found.name, found.run_id, found.stage) == ("network", "batchpipe-1", "r1", "s")
+
+
+def test_podman_that_is_installed_as_docker_is_podman(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "docker").write_text('#!/bin/sh\necho \'{"Client": {"Version": "5.4.2", "OsArch": "linux/amd64"}}\'\n')
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert find_engine() == Engine("podman", str(tmp_path / "docker"))
 
 
 WORKER = """
@@ -268,10 +361,9 @@ def worker(image: str, run_id: str, tmp_path: Path) -> Iterator[tuple[subprocess
     """A process with two open container stages, one of which has a network of its own; and its watcher's id."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-c", WORKER, str(tmp_path), image, run_id]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as worker:
+    with running(command, stdout=subprocess.PIPE, env=environment) as worker:
         assert worker.stdout
         yield worker, int(worker.stdout.readline())
-        worker.kill()
 
 
 def test_G5_killed_worker_leaves_no_container(
@@ -285,6 +377,33 @@ def test_G5_killed_worker_leaves_no_container(
     while left():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_G5_watcher_of_a_killed_worker_waits_for_the_container_that_the_engine_is_asked_for(
+    image: str, engine: str, run_id: str, tmp_path: Path, left: Callable[[], list[str]]
+):
+    asked, done = tmp_path / "asked", tmp_path / "done"
+    # An engine that takes its time, and finishes also for a caller that was killed: the test does it.
+    slow = engine_in_front(
+        tmp_path,
+        engine,
+        f'if [ "$1" = run ]; then for each in "$@"; do echo "$each"; done >{asked}.new; mv {asked}.new {asked};'
+        f" until [ -e {done} ]; do sleep 0.05; done; exit; fi",
+    )
+    environment = {**os.environ, "PATH": f"{slow.parent}:{os.environ['PATH']}", "PYTHONPATH": str(images.ROOT)}
+    with running([sys.executable, "-c", WORKER, str(tmp_path), image, run_id], env=environment) as worker:
+        until(asked.exists, 30)
+        [watcher] = psutil.Process(worker.pid).children()
+
+    with pytest.raises(psutil.TimeoutExpired):
+        watcher.wait(3)
+    # Of `run` the half that makes it: the other may find that the watcher was faster.
+    assert asked.read_text().splitlines()[:2] == ["run", "--detach"]
+    images.run(engine, "create", *asked.read_text().splitlines()[2:])
+    done.touch()
+    watcher.wait(10)
+
+    assert not left()
 
 
 def test_what_is_left_without_a_watcher_is_found_and_removed(

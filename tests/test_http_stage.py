@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -19,9 +20,12 @@ import pytest
 from batchpipe.batch import ByteRecords
 from batchpipe.content import ARROW
 from batchpipe.errors import StageStartError
-from batchpipe.stages import Answer, Remedy
+from batchpipe.specs.spec import MB
+from batchpipe.stages import Answer, InvocationFailed, Remedy
 from batchpipe.stages.contract import Advice
-from batchpipe.stages.http import Exchange, retry_after_s
+from batchpipe.stages.exchange import Exchange
+from batchpipe.stages.http import retry_after_s
+from tests.jobs import running
 from tests.opened_stage import SERVER, Opened, csv_records, make_job, opened
 
 Open = Callable[..., Opened]
@@ -31,10 +35,9 @@ Open = Callable[..., Opened]
 def url() -> Iterator[str]:
     """A running stage server."""
     environment = {**os.environ, "SAGEMAKER_BIND_TO_PORT": "0"}
-    with subprocess.Popen(SERVER, stdout=subprocess.PIPE, env=environment, text=True) as server:
+    with running(SERVER, stdout=subprocess.PIPE, env=environment, text=True) as server:
         assert server.stdout
         yield f"http://127.0.0.1:{server.stdout.readline().split()[-1]}/invocations"
-        server.kill()
 
 
 @pytest.fixture
@@ -322,6 +325,16 @@ def test_table_that_came_over_http_goes_on_as_arrow(url: str, tmp_path: Path):
     assert Exchange.of(job.stages[1], job, Advice()).content_type_of(pa.table({"id": [1]})) == ARROW
 
 
+def test_header_of_records_is_sent_if_asked_for_and_counts_as_payload(open_endpoint: Open):
+    records = replace(csv_records("007,1.50", "2,x"), header=b'id,"a,b"\n')
+    stage = open_endpoint(content_type="text/csv;header=present", max_payload_mb=22 / MB)
+
+    assert stage.stage.exchange.encode(records, "text/csv") == b'id,"a,b"\n007,1.50\n2,x\n'
+    assert stage.outcome(records).failed == ()
+    with pytest.raises(InvocationFailed, match="PayloadTooLarge: 22 bytes of 2 records"):
+        open_endpoint(header=True, max_payload_mb=21 / MB).invoke(records)
+
+
 def test_csv_answer_with_a_header_is_a_table(open_endpoint: Open):
     records = open_endpoint().invoke(csv_records("!as text/csv;header=present id,name\\n7,b\\n")).records
 
@@ -370,7 +383,9 @@ def test_uncounted_answer_is_kept_whole(open_endpoint: Open):
 
 
 def test_content_type_that_does_not_fit_names_the_stage(open_endpoint: Open):
-    with pytest.raises(StageStartError, match="stage 'stage' takes application/json, and what arrives does not fit"):
+    with pytest.raises(
+        StageStartError, match="stage 'stage' takes application/json, and what the input gives does not fit"
+    ):
         open_endpoint(content_type="application/json").csv("1,2")
 
 
@@ -379,7 +394,8 @@ def test_content_type_that_does_not_fit_names_the_stage(open_endpoint: Open):
     [
         ("csv", {}, False),
         ("csv", {"content_type": "text/csv; charset=utf-8"}, False),
-        ("csv", {"header": True}, True),
+        ("csv", {"header": True}, False),
+        ("csv", {"content_type": "text/csv; header=present"}, False),
         ("csv", {"content_type": "application/json"}, True),
         ("jsonl", {"content_type": "application/json"}, False),
         ("jsonl", {"content_type": "text/csv"}, True),

@@ -214,10 +214,33 @@ def test_fingerprint_leaves_out_whether_a_callable_is_thread_safe():
         {"input": {"uri": "/in", "header": False}}, {"batch": {"max_records": 3}}, {"batch": {"max_payload_mb": 6}},
         {"data_processing": {"join_source": "input"}}, {"output": {"uri": "/out", "format": "csv"}},
         {"stages": [{"callable": "a:b", "params": {"x": 1}}]},
+        {"output": {"uri": "/out", "format": "raw"}, "on_error": {"placeholder": "ERROR"}},
     ],
 )  # fmt: skip
 def test_fingerprint_holds_what_decides_the_answers(blocks: dict[str, Any]):
     assert fingerprint_document(make_job(**blocks)) != fingerprint_document(make_job())
+
+
+def test_fingerprint_tells_one_placeholder_from_another():
+    of_a, of_b = (
+        fingerprint_document(make_job(output={"uri": "/out", "format": "raw"}, on_error={"placeholder": text}))
+        for text in "ab"
+    )
+
+    assert of_a != of_b
+
+
+@pytest.mark.parametrize(
+    ("stage", "output", "placeholder", "text"),
+    [
+        ({"callable": "a:b"}, "csv", "", "a blank line is no row"),
+        ({"callable": "a:b"}, "csv", 'a"b', "its quote is not closed"),
+        ({**container(), "count": "none"}, "raw", "x", "none knows no record's place, where on_error.placeholder"),
+    ],
+)
+def test_a_placeholder_that_could_not_keep_places_is_refused(stage, output, placeholder, text):
+    with pytest.raises(ValidationError, match=text):
+        make_job(stage, output={"uri": "/out", "format": output}, on_error={"placeholder": placeholder})
 
 
 def test_fingerprint_tells_environments_headers_and_queries_apart_without_showing_them():

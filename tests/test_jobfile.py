@@ -155,9 +155,9 @@ def test_variable_is_not_asked_for_where_a_setting_replaces_it(folder: Path):
 @given(value=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0$"), min_size=1))
 def test_variable_cannot_change_the_structure_of_the_file(tmp_path_factory: pytest.TempPathFactory, value: str):
     job_file = tmp_path_factory.getbasetemp() / "variable.yaml"
-    job_file.write_text(JOB.replace("uri: out", "uri: out\n  format: csv") + "on_error:\n  placeholder: <${V}>\n")
+    job_file.write_text(JOB.replace("uri: in/*.csv", "uri: in/*.csv\n  null_values:\n  - <${V}>\n"))
 
-    assert load_job(job_file, vars={"V": value}).on_error.placeholder == f"<{value}>"
+    assert load_job(job_file, vars={"V": value}).input.null_values == (f"<{value}>",)
 
 
 def test_run_id_stays_until_it_is_filled_in(folder: Path):

@@ -35,6 +35,23 @@ def test_what_was_not_flushed_is_not_there(tmp_path, store):
     assert numbers(read_journal(store, str(tmp_path))) == []
 
 
+@pytest.mark.parametrize("settles", [True, False])
+def test_what_has_waited_for_a_second_is_durable_whether_more_settles_or_not(tmp_path, store, monkeypatch, settles):
+    now = [100.0]
+    monkeypatch.setattr("batchpipe.journal.time.monotonic", lambda: now[0])
+    journal = open_journal(store, str(tmp_path))
+    journal.append("split", n=1)
+    assert numbers(read_journal(store, str(tmp_path))) == []
+
+    now[0] += 1.0
+    if settles:
+        journal.append("split", n=2)
+    else:
+        journal.flush_if_due()
+
+    assert numbers(read_journal(store, str(tmp_path))) == [1, 2][: 1 + settles]
+
+
 def test_a_late_writer_of_an_older_epoch_is_not_believed(tmp_path, store):
     late = open_journal(store, str(tmp_path))
     late.append("split", n=1)

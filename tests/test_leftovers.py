@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from batchpipe.journal import open_journal
+from batchpipe.leftovers import clean_output
+from batchpipe.runs import RunFolder, iter_pending
+from batchpipe.storage import open_store
 from tests.jobs import ECHO, GATE, Jobs, csv_rows, until
+from tests.s3_server import S3Server
 
 STAGES = """
 import pandas as pd
@@ -55,7 +60,7 @@ def test_what_a_power_cut_leaves_is_listed_cleaned_and_the_run_resumes(jobs):
     cleaned = jobs.run("clean", "out")
 
     assert "removed scratch" in cleaned.out
-    assert not list(jobs.temporary.glob("batchpipe-*/"))
+    assert jobs.is_released()
     assert jobs.hidden("*/journal/*")
     jobs.write("go", "")
     assert jobs.run("run", gated_job(jobs)).code == 0
@@ -69,6 +74,29 @@ def test_clean_drops_unfinished_runs_only_when_told_to(jobs):
     assert cleaned.code == 0
     assert not jobs.hidden("*/journal/*")
     assert jobs.run("clean", "out").out == "nothing to clean\n"
+
+
+def test_clean_leaves_the_uploads_that_an_unfinished_run_names_whatever_a_late_writer_left(
+    s3_server: S3Server, bucket: str
+):
+    root = f"s3://{bucket}/out"
+    store, mine, late = (
+        open_store(root, {"s3": s3_server.storage_options}),
+        RunFolder(root, "mine"),
+        f"{root}/_batchpipe/late",
+    )
+    with store.open_pending(f"{root}/part-00000000.csv", staging=mine / "pending", attempt="mine-1") as writer:
+        writer.write(b"x")
+        piece = writer.finish()
+    journal = open_journal(store, mine / "journal")
+    journal.append("split", split=0, piece=piece.to_json())
+    journal.flush()
+    store.put(f"{late}/pieces/split-0.csv", b"late")
+
+    clean_output(store, root, drops_unfinished=False)
+
+    assert [each.upload_id for each in iter_pending(store, mine)] == [piece.upload_id]
+    assert list(store.iter_folder(late)) == []
 
 
 def test_a_run_at_work_is_in_use_and_its_output_locked(jobs):

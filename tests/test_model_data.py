@@ -197,6 +197,19 @@ def test_cache_is_bounded_and_what_is_in_use_stays(cache: Path, tmp_path: Path):
     assert [folder.exists() for folder in folders] == [False, True, True]
 
 
+def test_opening_a_model_keeps_the_cache_within_its_bound(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("batchpipe.stages.model_data.MAX_CACHE_BYTES", 2500)
+    job = make_job(tmp_path, {"process": {"command": ["x"]}})
+
+    for name in "abcd":
+        archive = tar_gz(tmp_path / name, (member(name), b"x" * 1000))
+        with open_model_data(job.stages[0], str(archive), make_context(tmp_path, job)) as model:
+            newest = model
+
+    assert contents(newest) == {"d": b"x" * 1000}
+    assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) <= 2500
+
+
 @pytest.mark.parametrize(
     ("bad", "text"),
     [

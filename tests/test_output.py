@@ -1,12 +1,16 @@
 """What a run finds in its output when it starts again: journals with scars, pieces that nobody names."""
 
+import tracemalloc
+from itertools import repeat
 from pathlib import Path
 
 import pytest
 
 from batchpipe.journal import open_journal, read_journal
+from batchpipe.manifest import Input, LongTable, Manifest, Part, RunAccounts
+from batchpipe.publication import publish_committed, write_draft
 from batchpipe.runs import RunFolder, iter_pending, start_of, sweep_run, unfinished_runs
-from batchpipe.storage import Store, open_store
+from batchpipe.storage import Pending, Store, open_store
 
 
 @pytest.fixture
@@ -46,6 +50,49 @@ def test_G5_a_sweep_discards_the_pieces_that_no_journal_names(folder: RunFolder,
 
     assert [pending.staging for pending in iter_pending(store, folder)] == [kept["staging"]]
     assert not Path(lost["staging"]).exists()
+
+
+def test_publishing_takes_no_more_memory_for_more_pieces(folder: RunFolder, store: Store):
+    piece = Pending.from_json(_write_piece(store, folder, "a.csv"))
+    part = Part(uri="a.csv", records=1, placeholders=0, bytes=4, sha256="0" * 64, splits=(0, 0))
+    row = Input(uri="/in/a.csv", bytes=4, version="1", read=1, written=1, quarantined=0, dropped=0)
+
+    def publish(pieces: int) -> int:
+        """The most memory at once; the very same piece again and again, for what is published already is left."""
+        tracemalloc.start()
+        write_draft(store, folder, _manifest(), repeat((piece, part), pieces), repeat(row, pieces))
+        published = publish_committed(store, folder)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (published.parts.rows, published.inputs.bytes) == (pieces, 4 * pieces)
+        return peak
+
+    publish(1)  # threads that publish the very same piece at the same time are in each other's way
+    small, large = publish(2_000), publish(8_000)
+
+    assert large - small < 6_000 * 500  # held as bytes they took more than a thousand each; the rest is garbage
+
+
+def _manifest() -> Manifest:
+    none = LongTable(uri="", rows=0, bytes=0, sha256="")
+    texts = dict.fromkeys(["name", "fingerprint", "output", "output_format", "replaces", "started", "finished"], "")
+    numbers = dict.fromkeys(["read_s", "write_s", "worker_seconds", "workers", "splits", "seconds"], 0)
+    return Manifest.model_validate(
+        {
+            **texts,
+            **numbers,
+            "run_id": "r1",
+            "input": [],
+            "output_layout": "parts",
+            "job": {},
+            "inputs": none,
+            "parts": none,
+            "accounts": RunAccounts(read=0, written=0, quarantined=0, dropped=0),
+            "generations": [],
+            "stages": {},
+            "versions": {},
+        }
+    )
 
 
 def _write_piece(store: Store, folder: RunFolder, name: str) -> dict[str, str]:

@@ -82,6 +82,7 @@ def test_dataset_named_by_mistake_is_not_read_whole(folder: Path):
         ('python_path: ["a\\0"]', "python_path.0: must not contain a NUL character or half of a surrogate pair"),
         ("on_error: {max_failed_percent: 120}", "on_error.max_failed_percent: must be at most 100, got 120"),
         ("on_error: {placeholder: x}", "on_error.placeholder: is for output.format raw or csv, and it is parquet"),
+        ('on_error: {placeholder: "a\\nb"}', "on_error.placeholder: expected one line, without its end, got 'a\\nb'"),
         ("compute: {workers: 0}", "compute.workers: expected auto, a whole number of at least 1, or {minimum, maximum}, got 0"),
         ("compute: {workers: many}", "compute.workers: expected auto, a whole number of at least 1, or {minimum, maximum}, got 'many'"),
         ("compute: {workers: {minimum: 3}}", "compute.workers.maximum: missing, and it has no default"),

@@ -26,14 +26,13 @@ def open_server(tmp_path: Path) -> Iterator[Open]:
     """Open a process stage; what is no key of the stage goes to `open_process`."""
     with ExitStack() as stack:
 
-        def open_it(
-            command: list[str] = SERVER, batch: dict[str, Any] | None = None, copy: int = 0, **keys: Any
-        ) -> Opened:
+        def open_it(command: list[str] = SERVER, batch: dict[str, Any] | None = None, **keys: Any) -> Opened:
+            context = {name: keys.pop(name) for name in ("copy", "advice") if name in keys}
             block = {name: keys.pop(name) for name in BLOCK_KEYS if name in keys}
             given = {name: keys.pop(name) for name in ("cancelled", "watcher") if name in keys}
             stage = {"process": {"command": command, **block}, **keys}
             open_it = partial(open_process, **given)
-            return stack.enter_context(opened(tmp_path, stage, batch=batch or {}, copy=copy, open_it=open_it))
+            return stack.enter_context(opened(tmp_path, stage, batch=batch or {}, open_it=open_it, **context))
 
         yield open_it
 
@@ -47,6 +46,12 @@ def left() -> Callable[[], list[str]]:
         return [line for line in lines if "stage_server" in line or "watcher_process" in line]
 
     return running
+
+
+@pytest.fixture
+def log_on_disk(tmp_path: Path) -> Callable[[], int]:
+    """Bytes of the log's files in the worker's folder."""
+    return lambda: sum(file.stat().st_size for file in (tmp_path / "scratch").glob("stage.log*"))
 
 
 class TestProcessContract(StageContract):
@@ -88,7 +93,14 @@ def test_server_that_was_killed_names_the_signal(open_server: Open):
     stage = open_server()
     psutil.Process(state_of(stage)["pid"]).kill()
 
-    with pytest.raises(StageStartError, match=r"^stage 'stage' is gone: its process was killed by signal 9 after"):
+    assert stage.failure("1").message.startswith("its process was killed by signal 9 after ")
+
+
+def test_server_that_does_not_start_again_is_gone_for_good(open_server: Open, tmp_path: Path):
+    stage = open_server(environment={"STAGE_ONCE": str(tmp_path / "once")})
+    stage.failure("!exit 5")
+
+    with pytest.raises(StageStartError, match=r"^stage 'stage' did not start: its process exited with code 1 after"):
         stage.csv("1")
 
 

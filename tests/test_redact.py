@@ -24,6 +24,7 @@ def job(**blocks: Any) -> dict[str, Any]:
         ("https://user:p@ss?w#rd@host/a.csv", "https://host/a.csv"),
         ("s3://key:secret@bucket/a@b.csv", "s3://bucket/a@b.csv"),
         ("s3://bucket/a.csv?versionId=abc", "s3://bucket/a.csv"),
+        ("s3://bucket/part-?.csv?X-Amz-Signature=abc", "s3://bucket/part-?.csv"),
         ("zip://a.csv::https://user:pw@host/a.zip?sig=abc", "zip://a.csv::https://host/a.zip"),
         ("https://host/a?token", "https://host/a"),
         ("wss and https://host?token=abc here", "wss and https://host here"),

@@ -129,7 +129,9 @@ def test_G5_kill_of_the_watcher_ends_the_run_with_what_it_held_released(jobs: Jo
 
     _, err = blocked.communicate(timeout=10)
     assert blocked.returncode == 6
-    assert "error: the run's watcher process was killed" in err
+    assert "error: the run's watcher process (pid " in err
+    assert "was killed, and nothing would release what the run holds" in err
+    assert "next:  the same command again resumes the run" in err
     until(jobs.is_released)
 
 

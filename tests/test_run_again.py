@@ -118,7 +118,7 @@ def test_G3_another_job_under_a_finished_run_id_is_refused(done: Jobs):
     again = done.run("run", "job.yaml", "--run-id", "first", "--set", "stages.square.params.power=3")
 
     assert again.code == 2
-    assert "error: run first is finished, with another job file or other inputs" in again.err
+    assert "error: run first is finished, and its job, inputs, code, images or models have changed since" in again.err
     assert "choose another --run-id, or leave it out" in again.err
 
 

@@ -1,6 +1,5 @@
 """Runs on somebody else's Dask: a scheduler by its address, a cluster by its class; workers give the chain back."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from distributed import Client
 from batchpipe.errors import PoolError
 from batchpipe.jobfile import load_job
 from batchpipe.runner import run_job
-from tests.jobs import ECHO, GATE, Jobs, csv_rows, open_jobs, until
+from tests.jobs import ECHO, GATE, Jobs, csv_rows, open_jobs, running, until
 
 STAGES = """
 import pandas as pd
@@ -43,19 +42,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     common = ["--no-dashboard", "--scheduler-file", str(at)]
     options: dict[str, Any] = {"cwd": folder, "stderr": log, "stdout": log}
     with (
-        subprocess.Popen(
+        running(
             [sys.executable, "-c", code.format("scheduler"), "--host", "127.0.0.1", "--port", "0", *common], **options
-        ) as scheduler,
-        subprocess.Popen(
-            [sys.executable, "-c", code.format("worker"), "--nthreads", "2", "--no-nanny", *common], **options
-        ) as worker,
+        ),
+        running([sys.executable, "-c", code.format("worker"), "--nthreads", "2", "--no-nanny", *common], **options),
     ):
-        until(at.exists, within_s=60)
+        until(lambda: at.exists() and at.read_text().rstrip().endswith("}"), within_s=60)
         with Client(scheduler_file=str(at), set_as_default=False) as client:
             client.wait_for_workers(1, timeout=60)
             yield client.scheduler.address
-        worker.kill()
-        scheduler.kill()
     log.close()
 
 
@@ -113,7 +108,7 @@ def test_a_class_that_is_not_there_is_2(jobs: Jobs):
 
 
 def test_an_address_where_nobody_answers_is_6(jobs: Jobs, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("batchpipe.pool.CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("batchpipe.cluster.CONNECT_TIMEOUT_S", 0.5)
 
     with pytest.raises(PoolError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9") as caught:
         run_job(load_job(jobs.job(**at("tcp://127.0.0.1:9"))))

@@ -67,6 +67,42 @@ def test_a_first_mini_batch_without_one_answer_ends_the_run_whatever_the_budget(
     assert "mend it and try one mini-batch: batchpipe check job.yaml" in ran.err
 
 
+def test_first_mini_batches_of_one_record_that_fail_cost_these_records_and_not_the_run(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(40))
+    one_by_one = {"max_records": 1}
+
+    ran = jobs.run("run", jobs.job(picky(11), on_error={"max_failed_percent": 50}, batch=one_by_one), "--json")
+
+    assert ran.code == 0, ran.err
+    assert ran.manifest["accounts"] == {"read": 40, "written": 28, "quarantined": 12, "dropped": 0}
+
+
+def test_a_small_dataset_without_one_answer_ends_the_run_with_5_whatever_the_budget(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(3))
+
+    ran = jobs.run("run", jobs.job(picky(1000), on_error={"max_failed_percent": 100}, batch={"max_records": 1}))
+
+    assert (ran.code, "failed for the first records, and none is answered" in ran.err) == (5, True), ran.err
+
+
+def test_a_large_first_mini_batch_without_one_answer_is_given_up_early(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(5_000))
+
+    ran = jobs.run("run", jobs.job(picky(10_000), on_error={"max_failed_percent": 100}))
+
+    assert ran.code == 5, ran.err
+    (quarantine,) = jobs.hidden("*/quarantine/*.jsonl")
+    assert len(quarantine.read_text().splitlines()) == 1_001
+
+
+def test_first_rows_that_cannot_be_parsed_leave_the_columns_to_the_rest(jobs: Jobs):
+    jobs.write("in/a.csv", "n,text\n" + "1,2,3\n" * 5 + csv_rows(20).partition("\n")[2])
+
+    ran = jobs.run("run", jobs.job(on_error={"max_failed_records": 5}, batch={"max_records": 2}), "--json")
+
+    assert (ran.code, ran.manifest["accounts"]["quarantined"]) == (0, 5), ran.err
+
+
 def test_G1_mini_batches_that_are_dropped_whole_leave_the_columns_to_later_ones(jobs: Jobs):
     jobs.write("in/a.csv", csv_rows(100))
     few: list[dict[str, object]] = [{"callable": "stages:few", "may_drop": True}, {"callable": "stages:echo"}]

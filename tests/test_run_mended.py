@@ -40,7 +40,6 @@ def test_a_stage_that_is_mended_before_anything_settled_needs_no_restart(jobs):
 @pytest.mark.parametrize(
     ("blocks", "key"),
     [
-        ({"on_error": {"placeholder": "ERROR"}, "output": {"format": "csv"}}, "on_error.placeholder"),
         ({"data_processing": {"input_filter": "$[1:]"}}, "data_processing"),
     ],
 )

@@ -319,6 +319,28 @@ def test_a_killed_run_s_lock_is_taken_over_at_once_and_restart_drops_its_uploads
     assert run_command_line(["verify", str(blocked.job)]) == 0
 
 
+def test_clean_discards_the_uploads_that_a_power_cut_left_and_those_of_the_run_only_if_told_g5(
+    place: Place, blocked: Blocked
+):
+    processes = place.jobs.processes()
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # none must see another one's end
+        for process in processes:
+            process.send_signal(number)
+    until(lambda: not place.jobs.processes())
+    kept = place.journaled()
+    assert place.uploads() > kept
+
+    output = [str(blocked.job), "--unfinished"]
+    listed = place.jobs.run("ps", output[0])
+    first = place.jobs.run("clean", output[0])
+    left = place.uploads()
+    second = place.jobs.run("clean", *output)
+
+    assert f"s3://{place.bucket}/out/part-" in listed.out, listed.err
+    assert (first.code, left) == (0, kept), first.err
+    assert (second.code, place.uploads()) == (0, set()), second.err
+
+
 def test_a_lost_worker_s_upload_is_given_back_at_the_end_g5(place: Place, blocked: Blocked, expected: dict[str, str]):
     for worker in place.jobs.processes("batchpipe.worker"):
         worker.kill()

@@ -1,6 +1,6 @@
 """Jobs whose stages are servers, processes and containers, through the real command line: run, failed, killed."""
 
-import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +10,7 @@ import psutil
 import pyarrow.dataset as ds
 import pytest
 
+from batchpipe.specs.spec import MB
 from tests import images
 from tests.jobs import Jobs, open_jobs, until
 from tests.opened_stage import SERVER
@@ -22,7 +23,6 @@ Stage = Callable[..., dict[str, Any]]
 def jobs(tmp_path: Path) -> Iterator[Jobs]:
     """A folder of jobs; the engine, if there is one, is the one of the tests."""
     with open_jobs(tmp_path / "jobs") as jobs:
-        jobs.environment |= {name: os.environ[name] for name in ("DOCKER_HOST",) if name in os.environ}
         yield jobs
 
 
@@ -41,16 +41,11 @@ def servers(request: pytest.FixtureRequest, jobs: Jobs, stage: Stage) -> Callabl
     if stage is process_stage:
         return lambda: [str(process.pid) for process in jobs.processes("stage_server.py")]
     engine = request.getfixturevalue("engine")
-    # Every run of this file has its folder's name as its id.
-    return lambda: images.run(engine, "ps", "-aq", f"--filter=label=batchpipe.run={run_id(jobs)}").split()
+    return lambda: images.run(engine, "ps", "-aq", f"--filter=label=batchpipe.run={jobs.run_id}").split()
 
 
 def process_stage(name: str, **block: Any) -> dict[str, Any]:
     return {"name": name, "process": {"command": SERVER, **block}}
-
-
-def run_id(jobs: Jobs) -> str:
-    return jobs.folder.parent.name
 
 
 def write_job(jobs: Jobs, stages: list[dict[str, Any]], *rows: str, **blocks: Any) -> Path:
@@ -64,28 +59,29 @@ def answers(jobs: Jobs) -> list[str]:
     return [line for path in jobs.parts() for line in path.read_text().splitlines()]
 
 
-def test_fifteen_stages_in_a_chain(jobs: Jobs):
+@pytest.mark.timeout(300)  # fifteen containers are started and stopped
+def test_fifteen_stages_in_a_chain(jobs: Jobs, stage: Stage):
     rows = [f"{i},x" for i in range(200)]
-    stages = [process_stage(f"s{number}") for number in range(15)]
+    stages = [stage(f"s{number}") for number in range(15)]
 
-    result = jobs.run("run", write_job(jobs, stages, *rows, batch={"max_concurrent_transforms": 4}), timeout=100)
+    result = jobs.run("run", write_job(jobs, stages, *rows, batch={"max_concurrent_transforms": 4}), timeout=250)
 
     assert result.code == 0, result.err
     assert answers(jobs) == rows
-    assert jobs.is_released()
+    assert not jobs.left()
 
 
 def test_G5_servers_stop_with_the_run_and_their_logs_are_kept(
     jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]
 ):
     result = jobs.run(
-        "run", write_job(jobs, [stage("first"), stage("second")], "1", "!log hello", "3"), "--run-id", run_id(jobs)
+        "run", write_job(jobs, [stage("first"), stage("second")], "1", "!log hello", "3"), "--run-id", jobs.run_id
     )
 
     assert result.code == 0, result.err
     assert answers(jobs) == ["1", "!log hello", "3"]
     assert not servers()
-    assert jobs.is_released()
+    assert not jobs.left()
     assert "hello" in jobs.hidden("*/logs/second.log")[0].read_text()
 
 
@@ -98,24 +94,60 @@ def test_stage_that_does_not_start_ends_the_run_with_4_at_once(
         stage("slow", environment={"STAGE_PING": "503"}),
     ]
 
-    result = jobs.run("run", write_job(jobs, stages, "1"), "--run-id", run_id(jobs))
+    result = jobs.run("run", write_job(jobs, stages, "1"), "--run-id", jobs.run_id)
 
     assert result.code == 4
     assert "stage 'broken' did not start: " in result.err
     assert "exited with code 3 after" in result.err
     assert "log:   no model for None" in result.err
     assert not servers()
-    assert jobs.is_released()
+    assert not jobs.left()
 
 
-def test_stage_that_is_gone_ends_the_run_with_4(jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]):
+def test_record_that_kills_its_server_ends_the_run_with_5_by_default(
+    jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]
+):
     job = write_job(jobs, [stage("model")], "1", "2", "!exit 5", compute={"workers": 1})
 
-    result = jobs.run("run", job, "--run-id", run_id(jobs))
+    result = jobs.run("run", job, "--run-id", jobs.run_id)
 
-    assert result.code == 4, result.err
-    assert "stage 'model' is gone: " in result.err
+    assert result.code == 5, result.err
+    assert "stage 'model' failed for 1 record, 0 allowed: ServerDied: " in result.err
     assert "exited with code 5" in result.err
+    assert "in/a.csv, line 3" in result.err
+    assert not servers()
+
+
+def test_record_that_kills_its_server_costs_itself_alone(jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]):
+    rows = [f"{i},x" for i in range(100)]
+    poison = [*rows[:40], "!exit 5", *rows[40:70], "!exit 6", *rows[70:]]
+    job = write_job(jobs, [stage("model")], *poison, on_error={"max_failed_records": 2})
+
+    result = jobs.run("run", job, "--run-id", jobs.run_id, timeout=110)
+
+    assert result.code == 0, result.err
+    assert answers(jobs) == rows
+    assert "2 records  ServerDied in model" in result.out
+    assert not servers()
+    assert not jobs.left()
+
+
+def test_server_killed_from_outside_costs_no_record(
+    request: pytest.FixtureRequest, jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]
+):
+    rows = [f"!slow 0.1 {i}" for i in range(60)]
+    run = jobs.start("run", write_job(jobs, [stage("model")], *rows), "--run-id", jobs.run_id)
+    until(lambda: servers() and jobs.hidden("*/journal/*"), 30)
+
+    for server in servers():
+        if stage is process_stage:
+            psutil.Process(int(server)).kill()
+        else:
+            images.run(request.getfixturevalue("engine"), "kill", server)
+
+    _, err = run.communicate(timeout=90)
+    assert run.returncode == 0, err
+    assert answers(jobs) == rows
     assert not servers()
 
 
@@ -129,29 +161,60 @@ def test_failing_record_is_quarantined_and_the_others_are_written(jobs: Jobs):
     assert "HTTP 400 in model" in result.out
 
 
-def test_server_that_fails_now_and_then_is_asked_again(jobs: Jobs):
-    result = jobs.run("run", write_job(jobs, [process_stage("model")], "1", "!flaky a 2", "3"))
+def test_rows_of_csv_follow_their_header_unparsed(jobs: Jobs):
+    rows = ['007,"x"', "1.50,", "5,too,many", "8,y"]
+    jobs.write("in/a.csv", 'n,"a,b"\n' + "\n".join(rows))
+    stage = process_stage("model", environment={"STAGE_HEADER": "1"}) | {"header": True, "max_payload_mb": 22 / MB}
+    result = jobs.run("run", jobs.job([stage], output={"uri": "out", "format": "raw"}))
 
     assert result.code == 0, result.err
-    assert answers(jobs) == ["1", "!flaky a 2", "3"]
+    assert answers(jobs) == rows
+    log = jobs.hidden("*/logs/model.log")[0].read_text().splitlines()[1:]
+    assert log == ['n,"a,b" before 14 bytes'] * 3  # the probe, and both requests filled to the byte
+
+
+def test_server_that_fails_now_and_then_is_asked_again_with_the_same_bytes(jobs: Jobs):
+    result = jobs.run("run", write_job(jobs, [process_stage("model")], "!flaky a 2", "2", "3"))
+
+    assert result.code == 0, result.err
+    assert answers(jobs) == ["!flaky a 2", "2", "3"]
+    log = jobs.hidden("*/logs/model.log")[0].read_text()
+    assert len(set(re.findall("a asked with .*", log))) == 1
+    assert log.count("a asked with") > 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_G5_interrupted_run_leaves_no_server(
     jobs: Jobs, stage: Stage, servers: Callable[[], list[str]], number: int, code: int
 ):
-    run = jobs.start("run", write_job(jobs, [stage("model")], *["!slow 1"] * 40), "--run-id", run_id(jobs))
+    run = jobs.start("run", write_job(jobs, [stage("model")], *["!slow 1"] * 40), "--run-id", jobs.run_id)
     until(servers, 30)
 
     run.send_signal(number)
 
-    assert run.wait(20) == code
-    until(lambda: not servers())
-    assert jobs.is_released()
+    _, err = run.communicate(timeout=20)
+    assert run.returncode == code, err
+    assert not servers()
+    assert not jobs.left()
+
+
+def test_G5_run_that_is_interrupted_while_a_stage_starts_ends_and_leaves_no_server(
+    jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]
+):
+    job = write_job(jobs, [stage("model", environment={"STAGE_PING": "503"})], "1")
+    run = jobs.start("run", job, "--run-id", jobs.run_id)
+    until(servers, 30)
+
+    run.send_signal(signal.SIGINT)
+
+    _, err = run.communicate(timeout=15)
+    assert run.returncode == 130, err
+    assert not servers()
+    assert not jobs.left()
 
 
 def test_G5_killed_driver_leaves_no_server(jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]):
-    run = jobs.start("run", write_job(jobs, [stage("a"), stage("b")], *["!slow 1"] * 40), "--run-id", run_id(jobs))
+    run = jobs.start("run", write_job(jobs, [stage("a"), stage("b")], *["!slow 1"] * 40), "--run-id", jobs.run_id)
     until(lambda: len(servers()) == 2, 30)
 
     run.kill()
@@ -164,7 +227,7 @@ def test_G5_killed_worker_loses_its_servers_and_the_run_goes_on(
 ):
     rows = [f"!slow 0.1 {i}" for i in range(100)]
     job = write_job(jobs, [stage("model")], *rows, compute={"workers": 2}, batch={"max_records": 1, "split_mb": 0.0001})
-    run = jobs.start("run", job, "--run-id", run_id(jobs))
+    run = jobs.start("run", job, "--run-id", jobs.run_id)
     until(lambda: len(servers()) == 2, 30)
     first = set(servers())
 
@@ -182,26 +245,29 @@ def test_four_workers_with_three_stages_each(jobs: Jobs, stage: Stage, servers: 
     stages = [stage(name) for name in ("a", "b", "c")]
     job = write_job(jobs, stages, *rows, compute={"workers": 4}, batch={"max_records": 1, "split_mb": 0.0001})
 
-    result = jobs.run("run", job, "--run-id", run_id(jobs), timeout=110)
+    result = jobs.run("run", job, "--run-id", jobs.run_id, timeout=110)
 
     assert result.code == 0, result.err
     assert answers(jobs) == rows
     assert not servers()
-    assert jobs.is_released()
+    assert not jobs.left()
 
 
 def workers(jobs: Jobs) -> list[psutil.Process]:
     return jobs.processes("batchpipe.worker")
 
 
-def test_container_that_runs_out_of_memory_ends_the_run_with_4(jobs: Jobs, engine: str):
+def test_record_that_takes_a_containers_memory_costs_itself_alone(jobs: Jobs, engine: str):
     stage = {"name": "model", "container": {"image": images.stage_image(engine), "memory_mb": 64}}
+    job = write_job(jobs, [stage], "1", "!eat 500", "3", on_error={"max_failed_records": 1})
 
-    result = jobs.run("run", write_job(jobs, [stage], "!eat 500", compute={"workers": 1}))
+    result = jobs.run("run", job)
 
-    assert result.code == 4, result.err
-    assert "exited with code 137 (out of memory, limit 64 MB)" in result.err
-    assert "stages.model.container.memory_mb=128" in result.err
+    assert result.code == 0, result.err
+    assert answers(jobs) == ["1", "3"]
+    kept = jobs.hidden("*/quarantine/*")[0].read_text()
+    assert "exited with code 137 (out of memory, limit 64 MB)" in kept
+    assert "stages.model.container.memory_mb=128" in kept
 
 
 def test_flight_delays_as_images_answers_as_the_callables_do(jobs: Jobs, engine: str):

@@ -1,6 +1,7 @@
 """The S3 store that other tests stand on: does it refuse what S3 refuses, and does it go when it should?"""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ import pytest
 import s3fs
 from botocore.exceptions import ClientError, EndpointConnectionError
 
+from tests.jobs import running
+from tests.s3_proxy import open_proxy
 from tests.s3_server import S3Server, ask_status, start_s3_server
 
 ROOT = Path(__file__).parent.parent
@@ -95,9 +98,8 @@ def test_killed_session_takes_its_server_along(tmp_path: Path):
     code = "from tests.s3_server import *\nwith start_s3_server() as s: print(s.endpoint, flush=True); input()"
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as session:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with running(command, cwd=ROOT, env=environ, text=True, **pipes) as session:
         assert session.stdout is not None
         endpoint = session.stdout.readline().strip()
         assert sockets_of(endpoint)
@@ -112,3 +114,18 @@ def test_killed_session_takes_its_server_along(tmp_path: Path):
 
 def sockets_of(endpoint: str) -> list[Path]:
     return list(Path("/tmp").glob(f"seaweedfs-*-{endpoint.rpartition(':')[2]}.sock"))
+
+
+def test_a_line_to_the_store_closes_when_the_store_closes_it():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as store,
+        open_proxy(f"http://127.0.0.1:{store.getsockname()[1]}") as proxy,
+        socket.create_connection(("127.0.0.1", int(proxy.endpoint.rpartition(":")[2])), timeout=10) as client,
+    ):
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        upstream, _ = store.accept()
+        upstream.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+        assert client.recv(1000)
+        upstream.close()
+
+        assert client.recv(1000) == b""

@@ -1,6 +1,7 @@
 """The schedule: every split settles exactly once, wrong guesses run again, lost and journaled splits are respected."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -106,6 +107,21 @@ def test_an_error_counts_only_when_the_split_is_proved_to_begin_at_a_record():
     assert (again.ranges[0].start, again.ranges[0].exact) == (15, True)
     with pytest.raises(InputError, match="a quote in an unquoted field"):
         list(schedule.settle((again,), [failed]))
+
+
+def test_a_split_carries_what_is_left_of_the_budget():
+    schedule = Schedule(make_splits(4), 4, allowed_failures=5)
+    world = World([0, 10, 20, 30], 40, set())
+    first, second = schedule.take(1), schedule.take(1)
+    result = world.run(first[0])
+    assert isinstance(result, SplitResult)
+    failing = replace(result, ranges=(replace(result.ranges[0], accounts=Accounts(read=3, quarantined=3)),))
+
+    list(schedule.settle(first, [failing]))
+    third = schedule.take(1)
+    schedule.give_back(second)
+
+    assert [task[0].allowed_failures for task in (first, second, third, schedule.take(1))] == [5, 5, 2, 2]
 
 
 def test_splits_travel_together_when_they_are_short_and_alone_near_the_end():

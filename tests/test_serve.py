@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 from aiohttp import web
@@ -26,6 +26,7 @@ from batchpipe.stages import Answer, Remedy
 from batchpipe.stages.contract import wait_until_ready
 from batchpipe.stages.ports import take_ports
 from tests import served
+from tests.jobs import running
 from tests.opened_stage import Opened, csv_records, opened
 
 TABLE = pa.table({"x": [1, 2], "name": ["a", None]})
@@ -36,7 +37,7 @@ Serve = Callable[..., str]
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
     """The loop that the servers of this module run on."""
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     yield loop
     loop.call_soon_threadsafe(loop.stop)
@@ -228,7 +229,7 @@ def test_server_listens_on_the_contracts_port_and_ends_at_sigterm():
     environment = {**os.environ, "SAGEMAKER_BIND_TO_PORT": str(ports.port)}
     folder = Path(__file__).parent.parent
 
-    with subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=folder) as server:
+    with running([sys.executable, "-c", code], env=environment, cwd=folder) as server:
         wait_until_ready("127.0.0.1", ports.port, 30, lambda: None)
         answer = ask(f"127.0.0.1:{ports.port}", bytes(encode(TABLE, ARROW)), ARROW)
         server.send_signal(signal.SIGTERM)
@@ -236,3 +237,23 @@ def test_server_listens_on_the_contracts_port_and_ends_at_sigterm():
         assert server.wait(10) == 0
     ports.close()
     assert answer[:2] == (200, ARROW)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "host"), [([], "127.0.0.1"), (["serve"], "0.0.0.0"), (["--host", "127.0.0.2", "serve"], "127.0.0.2")]
+)
+def test_G7_only_an_image_that_is_told_to_serve_is_reached_from_elsewhere(arguments: list[str], host: str):
+    ports = take_ports()
+    command = [sys.executable, "-m", "batchpipe", "serve", "tests.served:double", *arguments]
+    environment = {**os.environ, "SAGEMAKER_BIND_TO_PORT": str(ports.port)}
+
+    with running(command, env=environment, cwd=Path(__file__).parent.parent) as server:
+        wait_until_ready("127.0.0.1" if host == "0.0.0.0" else host, ports.port, 60, lambda: None)
+        listening = {
+            found.laddr.ip for found in psutil.Process(server.pid).net_connections() if found.status == "LISTEN"
+        }
+        server.send_signal(signal.SIGTERM)
+
+        assert server.wait(30) == 0
+    ports.close()
+    assert listening == {host}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchpipe.storage import Found, clean, join, open_store, relative, resolve
+from batchpipe.storage import Found, join, open_store, relative, resolve
 from batchpipe.storage.listing import sorted_by_uri
 
 # Few names and few characters, so that names and patterns meet often.
@@ -48,20 +48,6 @@ def make_files(folder: Path, paths: list[list[str]]) -> None:
 def test_a_listing_longer_than_memory_is_sorted_all_the_same(names: list[str], run_length: int):
     listing = [Found(name, 0, "") for name in names]
     assert [found.uri for found in sorted_by_uri(listing, run_length)] == sorted(names)
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("s3://key:secret@bucket/a@b.csv", "s3://bucket/a@b.csv"),
-        ("s3://bucket/part-?.csv", "s3://bucket/part-?.csv"),
-        ("s3://bucket/a.csv?X-Amz-Signature=secret", "s3://bucket/a.csv"),
-        ("https://host/a.csv?secret", "https://host/a.csv"),
-        ("/data/a?b=1.csv", "/data/a?b=1.csv"),
-    ],
-)
-def test_a_shown_uri_has_neither_userinfo_nor_query(uri: str, shown: str):
-    assert clean(uri) == shown
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,19 @@ def test_a_file_where_a_folder_should_be_is_an_output_error(tmp_path: Path):
         STORE.put(str(tmp_path / "out" / "x"), b"")
 
 
+def test_a_folder_that_another_run_removed_while_a_piece_was_written_is_told(tmp_path: Path):
+    with STORE.open_pending(str(tmp_path / "p"), staging=str(tmp_path / "pending"), attempt="late") as piece:
+        piece.write(b"rows")
+        shutil.rmtree(tmp_path / "pending")
+        with pytest.raises(OutputError) as told:
+            piece.finish()
+
+    assert str(told.value).partition("late-")[2].partition("'")[2] == (
+        ": its folder was removed meanwhile\n"
+        "  next:  see that no other run writes here, then run the same command again: it resumes"
+    )
+
+
 def test_a_full_disk_is_an_output_error_that_names_what_to_do():
     text = "cannot write '/dev/full': no space left on the device\n  next:  free some space there, then run the same"
     with pytest.raises(OutputError, match=text), explained(WRITING, "/dev/full"), Path("/dev/full").open("wb") as file:

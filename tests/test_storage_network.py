@@ -10,6 +10,7 @@ import pytest
 
 from batchpipe.errors import OutputError
 from batchpipe.storage import Store, open_store
+from tests.s3_proxy import open_proxy
 from tests.s3_server import S3Server
 
 IN_THE_ANSWER = 30
@@ -134,3 +135,17 @@ def test_only_one_layer_repeats_what_failed(options: dict[str, Any], line: Line)
     ):
         store.open_pending("s3://bucket/x", staging="", attempt="a").finish()
     assert line.cuts == 2  # a POST: aiohttp repeats a GET or a PUT once more by itself
+
+
+@pytest.mark.parametrize("size", [10, len(DATA)])
+def test_a_write_that_nobody_answers_is_sent_again(s3_server: S3Server, bucket: str, size: int):
+    with open_proxy(s3_server.endpoint) as proxy:
+        options = s3_server.storage_options | {"config_kwargs": {"read_timeout": 1}}
+        options["client_kwargs"] = {"endpoint_url": proxy.endpoint, "region_name": "us-east-1"}
+        store = open_store("s3://", {"s3": options})
+        store.put(f"s3://{bucket}/warm", b"")
+        stalled = proxy.disturb("stall", 1)
+        store.put(f"s3://{bucket}/x", DATA[:size])
+
+    assert stalled.is_over
+    assert s3_server.client.get_object(Bucket=bucket, Key="x")["Body"].read() == DATA[:size]

@@ -55,10 +55,11 @@ def test_make_names_the_remedy_for_a_python_without_venv(tmp_path: Path):
     assert done.stderr.startswith(f"error: '{sys.executable}' has no venv module; next: apt install python3-venv\n")
 
 
-def test_ci_script_is_valid_and_runs_the_same_commands_as_people():
+def test_ci_scripts_are_valid_and_run_the_same_commands_as_people():
     script = ROOT / ".ci" / "run"
 
-    subprocess.run(["bash", "-n", script], check=True)
+    for each in (script, ROOT / ".ci" / "podman"):
+        subprocess.run(["bash", "-n", each], check=True)
 
     assert script.read_text().endswith("\nmake lint\nmake test\n")
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from batchpipe.stages.logs import read_log
 from batchpipe.stages.watcher import WatchedProcess, Watcher, WatcherLostError, open_watcher
+from tests.jobs import running, until
 
 OWNER = """
 import os, sys, time
@@ -48,14 +48,6 @@ STRAY = [
 def watcher() -> Iterator[Watcher]:
     with open_watcher() as watcher:
         yield watcher
-
-
-def until(condition: Callable[[], object], within_s: float = 10.0) -> None:
-    """Wait for something that another process does; 10 s is what G5 promises."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "not within 10 s"
-        time.sleep(0.02)
 
 
 def is_running(pid: int) -> bool:
@@ -145,8 +137,7 @@ def test_G5_watcher_of_a_worker_finishes_after_the_driver_is_killed(owner, tmp_p
 
 def test_G5_forked_child_that_holds_the_pipe_does_not_keep_the_watcher_waiting(watcher: Watcher, tmp_path: Path):
     code = OWNER.replace("time.sleep(60)", "\nif os.fork() == 0:\n    time.sleep(15)\nelse:\n    time.sleep(60)")
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), *SLEEP], stdout=subprocess.PIPE)
-    with process:
+    with running([sys.executable, "-c", code, str(tmp_path), *SLEEP], stdout=subprocess.PIPE) as process:
         assert process.stdout
         child_pid = int(process.stdout.readline().split()[1])
         process.kill()
@@ -204,6 +195,13 @@ def test_watcher_lives_through_the_ends_of_many_processes_that_it_is_asked_about
         assert (tmp_path / "log").read_text() == "words\n"
 
 
+def test_watcher_may_be_asked_again_for_an_end_it_has_told(watcher: Watcher, tmp_path: Path):
+    child = watcher.start(["sh", "-c", "exit 3"], env=dict(os.environ), cwd=tmp_path, log=tmp_path / "log")
+    until(lambda: watcher.poll(child.pid) == 3)
+
+    assert watcher.poll(child.pid) == 3
+
+
 def test_process_gets_its_environment_folder_and_default_signals(watcher: Watcher, tmp_path: Path):
     code = "import json, os, signal; print(json.dumps([dict(os.environ), os.getcwd(), signal.getsignal(15).name]))"
 
@@ -233,5 +231,32 @@ def test_log_keeps_the_end_of_a_flood_in_two_bounded_files(watcher: Watcher, tmp
 def test_watcher_that_was_killed_is_told(watcher: Watcher, tmp_path: Path):
     os.kill(watcher.pid, signal.SIGKILL)
 
-    with pytest.raises(WatcherLostError, match=f"watcher \\(pid {watcher.pid}\\) is gone"):
+    with pytest.raises(WatcherLostError, match=f"run's watcher process \\(pid {watcher.pid}\\) was killed") as error:
         watcher.scratch(tmp_path)
+
+    assert error.value.exit_code == 6
+
+
+def test_process_is_stopped_also_where_the_watcher_was_killed(watcher: Watcher, tmp_path: Path):
+    process = start(watcher, STUBBORN, tmp_path)
+    os.kill(watcher.pid, signal.SIGKILL)
+
+    process.stop()
+
+    until(lambda: not is_running(process.pid))
+
+
+def test_an_order_that_a_signal_cuts_short_leaves_the_next_ones_their_own_replies(watcher: Watcher, tmp_path: Path):
+    process = watcher.start(SLEEP, env=dict(os.environ), cwd=tmp_path, log=tmp_path / "log")
+    os.kill(watcher.pid, signal.SIGSTOP)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            watcher.poll(process.pid)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        os.kill(watcher.pid, signal.SIGCONT)
+
+    assert watcher.signal(process.pid, 0) is True
+    assert watcher.poll(process.pid) is None

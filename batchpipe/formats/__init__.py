@@ -20,9 +20,9 @@ from batchpipe.formats.lines import Opener
 from batchpipe.formats.parquet_writer import open_parquet
 from batchpipe.formats.sampling import Samples
 from batchpipe.formats.text import ProvisionalInputError
-from batchpipe.formats.writers import Writer, open_csv, open_jsonl, open_raw
+from batchpipe.formats.writers import TextWriter, Writer, open_csv, open_jsonl, open_raw
 from batchpipe.job import InputSpec, OutputSpec
-from batchpipe.split import InputObject, Range
+from batchpipe.split import InputObject, Picks, Range
 
 __all__ = [
     "FORMATS",
@@ -31,6 +31,7 @@ __all__ = [
     "InputSchema",
     "ProvisionalInputError",
     "RangeReader",
+    "TextWriter",
     "Writer",
     "misfit_error",
     "open_writer",
@@ -60,7 +61,10 @@ class Format:
     ``iter_cuts(opener, object, split_bytes, spec)`` yields (start, stop) that cover the object in order, nothing for an
     empty one. ``infer_schema(samples, spec)`` looks at the first (object, open file) pairs of the dataset, as few as
     it needs. ``open_range(file, range, number, spec, schema)`` reads. ``to_table(records, schema, spec)`` parses what
-    was read, None where records are tables already or bytes for good. All raise InputError.
+    was read, None where records are tables already or bytes for good; ``to_header(schema, spec)`` is the line of
+    column names in front of records as they are read. ``iter_picked(file, object, picks, spec)`` yields ranges that
+    together hold the picked records, each with the number of records before it, as few and as short as it can.
+    All raise InputError.
     """
 
     iter_cuts: Callable[[Opener, InputObject, int, InputSpec], Iterator[tuple[int, int]]]
@@ -70,14 +74,16 @@ class Format:
     needs_proof: Callable[[InputSpec], bool] = lambda _: False
     """Whether ranges inside an object begin at guesses, so that ``first`` must be compared with the ``next_start``
     of the range before, and a range that guessed wrong (or raised ProvisionalInputError) read again as exact."""
+    to_header: Callable[[InputSchema, InputSpec], bytes] | None = None
+    iter_picked: Callable[[IO[bytes], InputObject, Picks, InputSpec], Iterator[tuple[Range, int]]] = lines.iter_picked
 
 
 FORMATS: Mapping[str, Format] = {
-    "csv": Format(lines.iter_cuts, csv.open_range, csv.infer_schema, csv.to_table, csv.needs_proof),
+    "csv": Format(lines.iter_cuts, csv.open_range, csv.infer_schema, csv.to_table, csv.needs_proof, csv.to_header),
     "jsonl": Format(lines.iter_cuts, jsonl.open_range, jsonl.infer_schema, jsonl.to_table),
-    "parquet": Format(parquet.iter_cuts, parquet.open_range, parquet.infer_schema),
+    "parquet": Format(parquet.iter_cuts, parquet.open_range, parquet.infer_schema, iter_picked=parquet.iter_picked),
     "lines": Format(lines.iter_cuts, lines.open_range),
-    "object": Format(object_.iter_cuts, object_.open_range),
+    "object": Format(object_.iter_cuts, object_.open_range, iter_picked=object_.iter_picked),
 }
 
 

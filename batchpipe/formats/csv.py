@@ -1,6 +1,7 @@
 """CSV: records cut outside quotes, headers matched by name, types stated or inferred from a fixed sample."""
 
 import csv
+import io
 from collections.abc import Sequence
 from itertools import islice
 from typing import IO
@@ -81,6 +82,15 @@ def _open(  # noqa: PLR0913 - the switches are for this module only
 def to_table(records: ByteRecords, schema: InputSchema, spec: InputSpec) -> Parsed:
     """Parse records that `open_range` gave."""
     return csv_to_table(records, schema, CsvDialect.of(spec, record_encoding(spec.encoding)))
+
+
+def to_header(schema: InputSchema, spec: InputSpec) -> bytes:
+    """Return the line of column names that fits in front of records as `open_range` gave them."""
+    line = io.StringIO()
+    csv.writer(line, delimiter=spec.delimiter, quotechar=spec.quote or '"', lineterminator="\n").writerow(
+        schema.columns
+    )
+    return line.getvalue().encode()
 
 
 def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:

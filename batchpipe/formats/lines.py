@@ -9,7 +9,10 @@ from batchpipe.formats.compression import compression_of, decompressed
 from batchpipe.formats.encodings import Transcoded, is_cuttable
 from batchpipe.formats.text import BLOCK_BYTES, TextRange
 from batchpipe.job import InputSpec
-from batchpipe.split import WHOLE, InputObject, Range
+from batchpipe.split import WHOLE, InputObject, Picks, Range
+
+PICKED_TOGETHER = 1 << 20
+"""Picked records that lie no farther apart are read in one go: to skip less than that saves nothing."""
 
 Opener = Callable[[], Any]
 """Opens the object; what it returns is a context manager that gives the open file."""
@@ -25,6 +28,20 @@ def iter_cuts(opener: Opener, found: InputObject, split_bytes: int, spec: InputS
     count = -(-found.size // split_bytes)
     bounds = [found.size * place // count for place in range(count + 1)]
     yield from pairwise(bounds)
+
+
+def iter_picked(file: object, found: InputObject, picks: Picks, spec: InputSpec) -> Iterator[tuple[Range, int]]:  # noqa: ARG001 - Format's shape
+    """Begin at a picked record, and end with one, wherever the object can be read from the middle."""
+    if not is_seekable_text(found, spec):
+        yield Range(found, 0, WHOLE), 0
+        return
+    begin = last = picks.offsets[0]
+    for offset in picks.offsets[1:]:
+        if offset - last > PICKED_TOGETHER:
+            yield Range(found, begin, last + 1, exact=True), 0
+            begin = offset
+        last = offset
+    yield Range(found, begin, last + 1, exact=True), 0
 
 
 def is_seekable_text(found: InputObject, spec: InputSpec) -> bool:

@@ -10,7 +10,7 @@ from batchpipe.errors import InputError
 from batchpipe.formats.compression import decompressed
 from batchpipe.formats.lines import Opener
 from batchpipe.job import InputSpec
-from batchpipe.split import WHOLE, InputObject, Range
+from batchpipe.split import WHOLE, InputObject, Picks, Range
 
 _BLOCK_BYTES = 1 << 20
 
@@ -19,6 +19,11 @@ def iter_cuts(opener: Opener, found: InputObject, split_bytes: int, spec: InputS
     """Never cut an object. An empty one has no range, and so no record."""
     if found.size:
         yield 0, WHOLE
+
+
+def iter_picked(file: object, found: InputObject, picks: Picks, spec: InputSpec) -> Iterator[tuple[Range, int]]:  # noqa: ARG001 - Format's shape
+    """Read the object: it is the record."""
+    yield Range(found, 0, WHOLE), 0
 
 
 class WholeObject:

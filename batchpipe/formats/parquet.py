@@ -1,5 +1,6 @@
 """Parquet: ranges of row groups, read page by page so that memory does not depend on a row group's size."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import islice
 from typing import IO
@@ -15,7 +16,7 @@ from batchpipe.formats.compression import Borrowed
 from batchpipe.formats.lines import Opener
 from batchpipe.formats.sampling import SAMPLE_TRIES, Samples
 from batchpipe.job import InputSpec
-from batchpipe.split import WHOLE, InputObject, Range
+from batchpipe.split import WHOLE, InputObject, Picks, Range
 
 BATCH_BYTES = 4 << 20
 """What a table of records holds about, by the sizes in the footer ..."""
@@ -44,6 +45,23 @@ def iter_cuts(opener: Opener, found: InputObject, split_bytes: int, spec: InputS
                 start, size = place, 0
             size += added
         yield start, max(footer.num_row_groups, 1)
+
+
+def iter_picked(
+    file: IO[bytes],
+    found: InputObject,
+    picks: Picks,
+    spec: InputSpec,  # noqa: ARG001 - Format's shape
+) -> Iterator[tuple[Range, int]]:
+    """Only the row groups that hold a picked row."""
+    footer = _open(file, found).metadata
+    before = done = 0
+    for place in range(footer.num_row_groups):
+        behind = before + footer.row_group(place).num_rows
+        so_far = bisect_left(picks.records, behind, done)
+        if so_far > done:
+            yield Range(found, place, place + 1), before
+        before, done = behind, so_far
 
 
 def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:

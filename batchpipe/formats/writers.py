@@ -17,6 +17,7 @@ from batchpipe.formats.compression import Sink, compressing
 from batchpipe.job import OutputSpec
 
 _NEWLINE = 10
+_LINES_AT_ONCE = 1_000
 
 
 class Writer(Protocol):
@@ -44,9 +45,10 @@ class TextWriter:
         self._to_bytes = to_bytes
         self._sink = compressing(sink, spec.codec)
 
-    def start(self, head: bytes) -> None:
-        """Write what comes before the first record."""
-        self._sink.write(head)
+    def write_lines(self, line: bytes, count: int = 1) -> None:
+        """Write a line that is no record, and counts as none: a header, or what stands for records that failed."""
+        for first in range(0, count, _LINES_AT_ONCE):
+            self._sink.write(line * min(_LINES_AT_ONCE, count - first))
 
     def write(self, records: Records) -> None:
         """Write more records."""
@@ -78,7 +80,7 @@ def open_csv(spec: OutputSpec, sink: Sink, schema: pa.Schema | None, header: boo
             )
     writer = TextWriter(spec, sink, (CSV,), lambda table: _encode(_without_blank_rows(table), CSV))
     if header and schema is not None:
-        writer.start(bytes(encode(schema.empty_table(), CSV, header=True)))
+        writer.write_lines(bytes(encode(schema.empty_table(), CSV, header=True)))
     return writer
 
 

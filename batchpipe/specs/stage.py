@@ -92,7 +92,8 @@ class ContainerSpec(Spec):
     cap_add: Texts = Field(default=(), description="Linux capabilities given back, by name; all are dropped otherwise.")
     network: Text = Field(
         default="default",
-        description="`default` (the engine's own), `none`, `host`, or the name of an existing network.",
+        description="`default` (the engine's own), `none` (no way out, but to this machine itself), `host`, or the "
+        "name of an existing network.",
     )
     startup_timeout_s: Positive = Field(
         default=600.0, description="Seconds until the stage must answer its first ping."

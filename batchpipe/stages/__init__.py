@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +37,7 @@ class Remedy(Enum):
     RETRY = "the same bytes again, later"
     SMALLER = "fewer records at once"
     ISOLATE = "nothing but finding the records that fail"
+    DIED = "the same bytes with nothing beside them, then fewer: the server died, of one of these records or by chance"
     NONE = "nothing: the stage breaks its contract, and no record is to blame"
 
 
@@ -65,6 +66,14 @@ class InvocationFailed(Exception):
         self.retry_after_s = retry_after_s
         self.traceback = traceback
 
+    def __reduce__(self) -> tuple[object, ...]:
+        details = {"location": self.location, "retry_after_s": self.retry_after_s, "traceback": self.traceback}
+        return _rebuild, (self.reason, self.message, self.remedy, details)
+
+
+def _rebuild(reason: str, message: str, remedy: Remedy, details: dict[str, Any]) -> InvocationFailed:
+    return InvocationFailed(reason, message, remedy, **details)
+
 
 @dataclass(frozen=True, slots=True)
 class StageContext:
@@ -88,6 +97,8 @@ class OpenStage(Protocol):
     name: str
     concurrency: int
     """Invocations in flight at most."""
+    is_exclusive: bool
+    """Whether invocations never overlap, so that a death is the doing of the very records that were sent."""
     takes_table: bool
     """Whether it works on tables, so that text must be parsed before; else it takes records as they are."""
 
@@ -95,13 +106,22 @@ class OpenStage(Protocol):
         """Whether each of these records is an invocation of its own."""
         ...
 
-    async def invoke(self, records: "Records") -> Answer:
-        """Answer the records, in order. Raises InvocationFailed; StageStartError if the stage is gone for good."""
+    async def invoke(self, records: "Records", *, alone: bool = False) -> Answer:
+        """Answer the records, in order; ``alone``: while nothing else is sent to the stage.
+
+        Raises InvocationFailed; StageStartError if the stage is gone for good.
+        """
         ...
 
     def close(self) -> None:
         """Release everything the stage holds. Never raises, may be called twice."""
         ...
+
+
+def sender_of(stage: "StageSpec", job: "Job") -> str:
+    """Whom a stage has its records from, for the text of an error that lies between the two."""
+    place = [other.name for other in job.stages].index(stage.name)
+    return f"stage {job.stages[place - 1].name!r}" if place else "the input"
 
 
 def open_stage(

@@ -6,11 +6,9 @@ import functools
 import importlib
 import inspect
 import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +16,8 @@ import numpy as np
 from batchpipe import convert
 from batchpipe.batch import ByteRecords, Records
 from batchpipe.errors import JobError, StageStartError
-from batchpipe.stages import Answer, InvocationFailed, Remedy
+from batchpipe.stages import Answer, InvocationFailed, Remedy, sender_of, watchdog
+from batchpipe.stages.logs import is_user_code
 from batchpipe.stages.tables import can_be_table, to_table
 
 if TYPE_CHECKING:
@@ -30,31 +29,38 @@ class CallableStage:
 
     def __init__(
         self,
-        name: str,
+        stage: "StageSpec",
         function: Callable[..., Any],
         kind: convert.Kind,
         *,
-        may_drop: bool,
+        sender: str,
         threads: ThreadPoolExecutor,
     ) -> None:
-        self.name = name
+        self.name = stage.name
         self.concurrency = threads._max_workers  # the executor has no public word for it
+        self.is_exclusive = self.concurrency == 1
         self.takes_table = kind.is_tabular
         self.takes_frames = kind in (convert.Kind.DATAFRAME, convert.Kind.UNSTATED)
         self.hands_on_frames = False
         """Set where the next stage takes DataFrames too: they then pass from one to the other as they are."""
         self._function = function
         self._kind = kind
-        self._may_drop = may_drop
+        self._sender = sender
+        self._may_drop = stage.may_drop
+        self._timeout_s = stage.invocations_timeout_s
         self._threads = threads
 
     def takes_one(self, records: Records) -> bool:  # noqa: ARG002 - as HTTP stages have it
         """No: a callable is called with a mini-batch as it comes."""
         return False
 
-    async def invoke(self, records: Records) -> Answer:
+    async def invoke(self, records: Records, *, alone: bool = False) -> Answer:  # noqa: ARG002 - as HTTP stages have it
         """Call the function with the records in the shape its annotation asks for."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, records)
+
+    def call(self, records: Records) -> Answer:
+        """Call the function and wait: what `invoke` does, for who has no event loop."""
+        return self._threads.submit(self._call, records).result()
 
     def close(self) -> None:
         """Give the thread back; a call that is still running keeps it until the call ends."""
@@ -63,14 +69,21 @@ class CallableStage:
     def _call(self, records: Records) -> Answer:
         count = len(records)
         try:
-            argument = convert.to_argument(self._parsed(records), self._kind)
-            result = self._function(argument)
+            argument = self._argument(records)
+            with watchdog.within(self._timeout_s):
+                result = self._function(argument)
         except Exception as error:  # noqa: BLE001 - the boundary to user code: any exception is the records' failure
             raise self._failed(error) from None
         kept = None
         if self._may_drop:
             result, kept = self._split_result(result, count)
         return self._answer(result, count, kept)
+
+    def _argument(self, records: Records) -> Any:
+        try:
+            return convert.to_argument(self._parsed(records), self._kind)
+        except TypeError as error:
+            raise TypeError(f"stage {self.name!r} {error}; they come from {self._sender}") from error
 
     def _parsed(self, records: Records) -> Records:
         """Text that an HTTP stage answered as a table, where the callable takes one."""
@@ -143,7 +156,7 @@ def open_callable(stage: "StageSpec", job: "Job") -> CallableStage:
     except TypeError as error:
         threads.shutdown(wait=False)
         raise JobError(f"stage {stage.name!r} {error}", where=_defined_at(target)) from error
-    return CallableStage(stage.name, function, kind, may_drop=stage.may_drop, threads=threads)
+    return CallableStage(stage, function, kind, sender=sender_of(stage, job), threads=threads)
 
 
 def _construct(target: Any, params: Mapping[str, Any]) -> Any:
@@ -186,7 +199,7 @@ def forget_imports() -> None:
     folders = tuple(f"{folder}/" for folder in _added_folders)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
-        if file.startswith(folders) and _is_user_code(file):
+        if file.startswith(folders) and is_user_code(file):
             del sys.modules[name]
     sys.path[:] = [folder for folder in sys.path if folder not in _added_folders]
     _added_folders.clear()
@@ -195,20 +208,12 @@ def forget_imports() -> None:
 
 def user_location(error: BaseException) -> str:
     """``file.py:41 in Model.__call__``: the deepest frame of the user's own code, empty if there is none."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_user_code(frame.filename)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_code(frame.filename)]
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     if not frames:
         return ""
     return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
-
-
-_OWN_FOLDER = str(Path(__file__).parent.parent)
-_LIBRARY_FOLDERS = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-
-
-def _is_user_code(filename: str) -> bool:
-    return not filename.startswith((_OWN_FOLDER, "<", *_LIBRARY_FOLDERS))
 
 
 def _annotation(function: Callable[..., Any]) -> Any:

@@ -12,29 +12,26 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchpipe.errors import StageStartError
-from batchpipe.redact import mask
 from batchpipe.specs.spec import MB
 from batchpipe.stages import StageContext
 from batchpipe.stages.contract import PORT, contract_environment, devices_of
 from batchpipe.stages.engine import OWNER_LABEL, RUN_LABEL, STAGE_LABEL, Engine, EngineError, find_engine
-from batchpipe.stages.http import Ending, HttpStage
+from batchpipe.stages.http import Ending, HttpStage, Server
 from batchpipe.stages.logs import keep_log, log_name, tail
-from batchpipe.stages.model_data import open_model_data
 from batchpipe.stages.ports import take_ports
-from batchpipe.stages.served import open_served
-from batchpipe.stages.watcher import Watcher, open_watcher
+from batchpipe.stages.served import Address, open_served
+from batchpipe.stages.watcher import Watcher
 from batchpipe.storage.owner import this_process
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
 
 STOP_S = 3
+OOM_FILE = "oom"
+"""Podman's monitor makes it in the folder of `podman run` when memory runs out; podman 4 tells it in no other way."""
 SERVE_PORT = 8080
 SAFE_RANGE = "8081-8999"
 MAX_LOG_MB = 8
-START_TIMEOUT_S = 600.0
-"""An image that is not there yet is pulled by its start."""
 INSPECT_EVERY_S = 0.2
 
 
@@ -46,42 +43,33 @@ def open_container(
     watcher: Watcher | None = None,
     cancelled: threading.Event | None = None,
 ) -> HttpStage:
-    """Start the image, wait until it answers its ping, and ask what it advises.
-
-    Without the worker's ``watcher`` it has one of its own. Setting ``cancelled`` ends the waiting.
-    Raises StageStartError, with everything that was started released.
-    """
+    """Start the image, wait until it answers its ping, and ask what it advises: see `open_served`."""
     spec = stage.container
     assert spec
-    with ExitStack() as held:
+
+    def start(watcher: Watcher, model: Path | None, held: ExitStack) -> tuple[Server, Address]:
+        engine = find_engine()
+        watcher.containers(watcher.label, engine.path)
+        labels = _labels(stage, context, watcher)
+        port, safe_range = SERVE_PORT, SAFE_RANGE
+        if spec.network == "host":
+            ports = take_ports()
+            held.callback(ports.close)
+            port, safe_range = ports.port, ports.safe_range
+        environment = contract_environment(stage, job, port, safe_range) | spec.environment
+        network = _network(engine, stage, labels, watcher, context.scratch, held)
+        arguments = run_arguments(stage, engine.name, copy=context.copy, model=model)
+        container = Container(engine, stage, context)
+        held.callback(container.remove)  # what cannot be started may have been created
         try:
-            engine = find_engine()
-            watcher = watcher or held.enter_context(open_watcher())
-            watcher.containers(watcher.label, engine.path)
-            labels = _labels(stage, context, watcher)
-            port, safe_range = SERVE_PORT, SAFE_RANGE
-            if spec.network == "host":
-                ports = take_ports()
-                held.callback(ports.close)
-                port, safe_range = ports.port, ports.safe_range
-            environment = contract_environment(stage, job, port, safe_range) | spec.environment
-            model = None
-            if spec.model_data:
-                model = held.enter_context(open_model_data(stage, spec.model_data, context, cancelled))
-            network = _network(engine, stage, labels, held)
-            arguments = run_arguments(stage, engine.name, copy=context.copy, model=model)
-            started = time.monotonic()
-            container = _start(engine, [*labels, *network, *arguments], environment, context.scratch, spec.image)
-        except (EngineError, OSError) as exc:
-            why = mask(str(exc), context.secrets)
-            raise StageStartError(f"stage {stage.name!r} did not start: {why}") from exc
-        server = Container(engine, container, stage, context, started, held.pop_all())
-    try:
-        address = server.address(int(environment[PORT]))
-    except BaseException:
-        server.close()
-        raise
-    return open_served(stage, job, context, server, address, cancelled)
+            engine.pull(spec.image, watcher, context.scratch, cancelled)
+            options = [f"--name={container.name}", *labels, *network, *arguments]
+            _start(engine, [*options, spec.image], environment, watcher, container.folder)
+        except EngineError as exc:
+            raise EngineError(f"image {spec.image!r}: {exc}") from exc
+        return container, container.address(int(environment[PORT]))
+
+    return open_served(stage, job, context, start, watcher, cancelled)
 
 
 def _labels(stage: "StageSpec", context: StageContext, watcher: Watcher) -> list[str]:
@@ -119,7 +107,9 @@ def run_arguments(stage: "StageSpec", engine: str, *, copy: int, model: Path | N
     return arguments
 
 
-def _network(engine: Engine, stage: "StageSpec", labels: list[str], held: ExitStack) -> list[str]:
+def _network(
+    engine: Engine, stage: "StageSpec", labels: list[str], watcher: Watcher, scratch: Path, held: ExitStack
+) -> list[str]:
     """How the container is reached: on a port of 127.0.0.1, or by its address in a network without a way out."""
     spec = stage.container
     assert spec
@@ -129,9 +119,14 @@ def _network(engine: Engine, stage: "StageSpec", labels: list[str], held: ExitSt
                 "network: none needs an engine that runs on this very Linux machine, as root: elsewhere a container"
                 " without a network cannot be reached; leave network out, or run the stage where the engine is"
             )
+        if not engine.has_reachable_networks:
+            raise EngineError(
+                "network: none needs podman's netavark: this podman makes its networks with CNI, and one without a way"
+                " out cannot be reached from here either; install netavark and state network_backend in containers.conf"
+            )
         name = f"batchpipe-{uuid.uuid4().hex[:12]}"
-        engine.run("network", "create", "--internal", *labels, name)
         held.callback(_try, engine, "network", "rm", name)
+        engine.create(["network", "create", "--internal", *labels, name], {}, watcher, scratch)
         return [f"--network={name}"]
     if spec.network == "host":
         return ["--network=host"]
@@ -140,26 +135,21 @@ def _network(engine: Engine, stage: "StageSpec", labels: list[str], held: ExitSt
     return [*chosen, f"--publish=127.0.0.1::{port}"]
 
 
-def _start(engine: Engine, arguments: list[str], environment: Mapping[str, str], scratch: Path, image: str) -> str:
-    """Start the image with the argument ``serve``; return the container's name.
+def _start(
+    engine: Engine, arguments: list[str], environment: Mapping[str, str], watcher: Watcher, folder: Path
+) -> None:
+    """Run the image with these arguments and ``serve``.
 
     Values go by a file of ours, or by the environment of the command, never by its arguments, which all may read.
     """
     lines = {name: value for name, value in environment.items() if "\n" not in value}
     others = {name: value for name, value in environment.items() if "\n" in value}
-    file = scratch / f"environment-{uuid.uuid4().hex}"
+    file = folder / "environment"
     file.touch(mode=0o600)
     file.write_text("".join(f"{name}={value}\n" for name, value in lines.items()), encoding="utf-8")
-    name = f"batchpipe-{uuid.uuid4().hex[:12]}"
-    options = [f"--name={name}", f"--env-file={file}", *(f"--env={other}" for other in others)]
+    variables = [f"--env-file={file}", *(f"--env={other}" for other in others)]
     try:
-        engine.run(
-            "run", "--detach", *options, *arguments, image, "serve", timeout_s=START_TIMEOUT_S, environment=others
-        )
-        return name
-    except EngineError as exc:
-        _try(engine, "rm", "--force", name)  # what cannot be started may have been created
-        raise EngineError(f"image {image!r}: {exc}") from exc
+        engine.create(["run", "--detach", *variables, *arguments, "serve"], others, watcher, folder)
     finally:
         file.unlink()
 
@@ -170,22 +160,20 @@ def _try(engine: Engine, *arguments: str) -> None:
 
 
 class Container:
-    """A running container; what `http.Server` asks for."""
+    """A container, from before its start to its removal; what `http.Server` asks for."""
 
-    def __init__(
-        self, engine: Engine, name: str, stage: "StageSpec", context: StageContext, started: float, held: ExitStack
-    ) -> None:
+    def __init__(self, engine: Engine, stage: "StageSpec", context: StageContext) -> None:
         assert stage.container
-        self.name = name
+        self.name = f"batchpipe-{uuid.uuid4().hex[:12]}"
+        self.folder = context.scratch / self.name
+        self.folder.mkdir()
         self._engine = engine
         self._spec = stage.container
         self._stage = stage.name
         self._context = context
         self._log_name = log_name(stage.name, context.copy)
-        self._held = held
-        self._started = started
+        self._started = time.monotonic()
         self._inspected = 0.0
-        self._is_open = True
 
     def address(self, port: int) -> tuple[str, int]:
         """Where it listens; meaningless once it has ended."""
@@ -207,7 +195,7 @@ class Container:
         if state["Status"] not in ("exited", "dead", "removed", "stopped"):
             return None
         after = f"after {time.monotonic() - self._started:.1f} s"
-        if not state.get("OOMKilled"):
+        if not state.get("OOMKilled") and not (self.folder / OOM_FILE).exists():
             return Ending(f"container {self._spec.image} exited with code {state['ExitCode']} {after}")
         limit = f"limit {self._spec.memory_mb:g} MB" if self._spec.memory_mb else "the machine's limit"
         how = f"container {self._spec.image} exited with code {state['ExitCode']} (out of memory, {limit}) {after}"
@@ -218,13 +206,12 @@ class Container:
         return tail(self._read_log(), self._context.secrets, self._log_name)
 
     def close(self) -> None:
-        if not self._is_open:
-            return
-        self._is_open = False
-        with self._held:
-            _try(self._engine, "stop", f"--time={STOP_S}", self.name)
-            keep_log(self._read_log(), self._context.secrets, self._context.logs, self._log_name)
-            _try(self._engine, "rm", "--force", "--volumes", self.name)
+        _try(self._engine, "stop", f"-t={STOP_S}", self.name)
+        keep_log(self._read_log(), self._context.secrets, self._context.logs, self._log_name)
+
+    def remove(self) -> None:
+        """Remove it, also where it still runs, with what it wrote. Never raises."""
+        _try(self._engine, "rm", "--force", "--volumes", self.name)
 
     def _inspect(self) -> dict[str, Any]:
         try:

@@ -76,6 +76,15 @@ def contract_environment(stage: "StageSpec", job: "Job", port: int, safe_range: 
     }
 
 
+DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+def callables_devices(job: "Job", copy: int) -> dict[str, str]:
+    """The variable that tells a worker's callables which devices are theirs; nothing where none of them wants any."""
+    devices = {device for stage in job.stages if stage.callable for device in devices_of(stage, copy)}
+    return {DEVICES: ",".join(map(str, sorted(devices)))} if devices else {}
+
+
 def devices_of(stage: "StageSpec", copy: int) -> list[int]:
     """The GPUs of one copy of the chain: copy i has devices i*g to i*g+g-1."""
     return list(range(copy * stage.gpus, (copy + 1) * stage.gpus))
@@ -103,6 +112,15 @@ def wait_until_ready(host: str, port: int, timeout_s: float, check: Callable[[],
         pause = min(pause * 1.5, LONGEST_PAUSE_S)
 
 
+def answers_ping(host: str, port: int, within_s: float) -> bool:
+    """Whether anything at all comes back from ``/ping`` in time."""
+    try:
+        _get(host, port, "/ping", within_s)
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
+
+
 def ask_advice(host: str, port: int) -> Advice:
     """Ask ``/execution-parameters``, which a server need not have."""
     try:
@@ -112,8 +130,8 @@ def ask_advice(host: str, port: int) -> Advice:
         return Advice()
 
 
-def _get(host: str, port: int, path: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(host, port, timeout=PING_TIMEOUT_S)
+def _get(host: str, port: int, path: str, timeout_s: float = PING_TIMEOUT_S) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()

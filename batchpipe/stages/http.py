@@ -5,25 +5,23 @@ Retries and halvings are made by the layer above, `invoke`; here every outcome b
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-import numpy as np
-import pyarrow as pa
-
 from batchpipe import content
-from batchpipe.batch import ByteRecords, Records
+from batchpipe.batch import Records
 from batchpipe.content import Body, ContentError
 from batchpipe.errors import StageStartError
 from batchpipe.redact import mask
-from batchpipe.stages import Answer, InvocationFailed, Remedy, StageContext
+from batchpipe.stages import Answer, InvocationFailed, Remedy, StageContext, sender_of
 from batchpipe.stages.connections import Connections, HttpAnswer
 from batchpipe.stages.contract import Advice
-from batchpipe.stages.tables import take_header, to_table
+from batchpipe.stages.exchange import Exchange, takes_table
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
@@ -57,77 +55,53 @@ class Server(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop it, keep its log, and release all that it holds. Never raises, may be called twice."""
+        """Stop it and keep its log. Never raises."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """How records become requests to one stage and answers become records."""
+class Restartable(Protocol):
+    """What a stage needs of the server that was started for it, and of the next one where it dies."""
 
-    content_type: str
-    """As stated; empty where it is that of the records."""
-    accept: str
-    """Asked for; empty where nobody states it."""
-    header: bool
-    request_key: str
-    answer_key: str
-    is_counted: bool
-    single_record: bool
-    """Whether the stage takes one record a request, whatever the content type could hold."""
-    table_type: str
-    """What a table goes as where no content type is stated: as it came, if over HTTP, else as CSV."""
+    connections: Connections
+    """To the server that runs now."""
 
-    @classmethod
-    def of(cls, stage: "StageSpec", job: "Job", advice: Advice) -> "Exchange":
-        """Put together what the job states, what the next stage states, and what the server advises."""
-        position = [other.name for other in job.stages].index(stage.name)
-        following = job.stages[position + 1 : position + 2]
-        single_record = job.batch.max_records == 1
-        if job.batch.max_records is None and advice.single_record is not None:
-            single_record = advice.single_record
-        return cls(
-            content_type=stage.content_type or "",
-            accept=stage.accept or (following[0].content_type if following else "") or "",
-            header=stage.header or content.parse_content_type(stage.content_type or "")[1].get("header") == "present",
-            request_key=stage.request_key or "",
-            answer_key=stage.answer_key or "",
-            is_counted=stage.count != "none",
-            single_record=single_record,
-            table_type=content.ARROW if position and job.stages[position - 1].is_http else content.CSV,
-        )
+    def ending(self) -> Ending | None:
+        """How it ended; None while it runs."""
+        ...
 
-    def content_type_of(self, records: Records) -> str:
-        """The request's Content-Type: as stated, else what arrives."""
-        return self.content_type or (self.table_type if isinstance(records, pa.Table) else records.content_type)
+    def is_stuck(self) -> bool:
+        """Whether it does not even answer its ping."""
+        ...
 
-    def takes_one(self, content_type: str) -> bool:
-        """Whether each record is a request of its own."""
-        return self.single_record or not content.holds_many(content_type)
+    def log_tail(self) -> str:
+        """The last lines of its log, masked."""
+        ...
 
-    def encode(self, records: Records, content_type: str) -> Body:
-        """The request's body. Raises ContentError."""
-        if self.takes_one(content_type):
-            return content.encode_one(records, content_type, header=self.header, request_key=self.request_key)
-        return content.encode(records, content_type, header=self.header, request_key=self.request_key)
+    def restart(self) -> None:
+        """Release it, and start another one. Raises StageStartError."""
+        ...
 
-    def decode(self, body: bytes, answered: str, sent: str, count: int) -> Records:
-        """The answer's records; ``count`` of them were sent as ``sent``. Raises ContentError."""
-        answered = answered or self.accept or sent
-        if not self.is_counted:
-            return _uncounted(body, answered, count)
-        if self.takes_one(sent):
-            return content.decode_one(body, answered, answer_key=self.answer_key)
-        if not body:
-            return ByteRecords.of([])
-        if not content.holds_many(answered):
-            raise ContentError(f"records of {answered} cannot be counted; does `accept` name a type of many records?")
-        records = content.decode(body, answered, answer_key=self.answer_key)
-        media_type, parameters = content.parse_content_type(answered)
-        if isinstance(records, ByteRecords) and media_type == content.CSV and parameters.get("header") == "present":
-            names, records = take_header(records)
-            return to_table(records, names)
-        return records
+    def close(self) -> None:
+        """Stop it, and release all that it holds. Never raises, may be called twice."""
+        ...
+
+
+class Turns:
+    """Who may be in flight: some side by side, each with one turn, or one alone with all of them."""
+
+    def __init__(self, concurrency: int) -> None:
+        self.one = asyncio.Semaphore(concurrency)
+        self._concurrency = concurrency
+        self._gathering = asyncio.Lock()
+
+    @asynccontextmanager
+    async def all(self) -> AsyncIterator[None]:
+        """Hold every turn."""
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(self._gathering)  # two who gather at once would wait for each other
+            for _ in range(self._concurrency):
+                await held.enter_async_context(self.one)
+            yield
 
 
 class HttpStage:
@@ -141,7 +115,7 @@ class HttpStage:
         connections: Connections,
         *,
         advice: Advice | None = None,
-        server: Server | None = None,
+        served: Restartable | None = None,
     ) -> None:
         self.name = stage.name
         self.advice = advice or Advice()
@@ -149,43 +123,52 @@ class HttpStage:
         self.concurrency = stage.concurrent_transforms(job.batch, default)
         self.max_payload_bytes = stage.max_payload_bytes(job.batch, self.advice.max_payload_mb)
         self.exchange = Exchange.of(stage, job, self.advice)
-        self.takes_table = _takes_table(stage, job.input.format)
+        self.takes_table = takes_table(stage, job.input.format)
+        self._sender = sender_of(stage, job)
         self._timeout_s = stage.invocations_timeout_s
         self._secrets = context.secrets
         self._connections = connections
-        self._server = server
-        self._free = asyncio.Semaphore(self.concurrency)
+        self._served = served
+        self._has_died = False
+        """Whether the server died; another one is started before the next request."""
+        self._has_fitted = stage.name in context.advice
+        """Whether an answer has been what the next stage takes, here or when the first mini-batch was tried."""
+        self._restarting = asyncio.Lock()
+        self.is_exclusive = self.concurrency == 1
+        self._turns = Turns(self.concurrency)
 
     def takes_one(self, records: Records) -> bool:
         """Whether each of these records is a request of its own."""
         return self.exchange.takes_one(self.exchange.content_type_of(records))
 
-    async def invoke(self, records: Records) -> Answer:
+    async def invoke(self, records: Records, *, alone: bool = False) -> Answer:
         """Post the records and return the answer's, counted against them. Raises InvocationFailed, StageStartError."""
         if not len(records):
             raise InvocationFailed("NoRecords", "an empty request is never sent", Remedy.ISOLATE)
-        return Answer(await self._request(records, self.exchange.content_type_of(records)))
+        async with self._turns.all() if alone else self._turns.one:
+            return Answer(await self._request(records, self.exchange.content_type_of(records)))
 
     def close(self) -> None:
         """Close the connections and stop the server that was started for this stage."""
         self._connections.close()
-        if self._server:
-            self._server.close()
+        if self._served:
+            self._served.close()
 
     async def _request(self, records: Records, content_type: str) -> Records:
-        async with self._free:
-            body = await self._encode(records, content_type)
-            headers = {"Content-Type": content_type, "Accept": self.exchange.accept or "*/*"}
-            answer = await self._post(body, headers)
-            _raise_for_status(answer, self._secrets)
-            return await self._decode(answer, content_type, len(records))
+        body = await self._encode(records, content_type)
+        headers = {"Content-Type": content_type, "Accept": self.exchange.accept or "*/*"}
+        answer = await self._post(body, headers)
+        _raise_for_status(answer, self._secrets)
+        return await self._decode(answer, content_type, len(records))
 
     async def _encode(self, records: Records, content_type: str) -> Body:
         size = int(records.nbytes) if len(records) > 1 else 0  # one record is sent as it lies
         try:
             body = await _on_thread(partial(self.exchange.encode, records, content_type), size)
         except ContentError as exc:
-            msg = f"stage {self.name!r} takes {content_type}, and what arrives does not fit: {exc}"
+            msg = f"stage {self.name!r} takes {content_type}, and what {self._sender} gives does not fit: {exc}"
+            if content.can_be_sent(records, content_type):
+                raise InvocationFailed("CannotBeSent", mask(msg, self._secrets), Remedy.ISOLATE) from exc
             advice = "state content_type or accept of the stages on both sides"
             raise StageStartError(msg, next=advice) from exc
         if len(body) > self.max_payload_bytes:
@@ -195,26 +178,51 @@ class HttpStage:
         return body
 
     async def _post(self, body: Body, headers: Mapping[str, str]) -> HttpAnswer:
+        used = await self._live_connections()
         try:
-            return await self._connections.post(body, headers, self._timeout_s)
+            return await used.post(body, headers, self._timeout_s)
         except TimeoutError as exc:
             message = f"no answer within {self._timeout_s:g} s (invocations_timeout_s)"
-            raise InvocationFailed("Timeout", message, Remedy.RETRY) from exc
+            failure = InvocationFailed("Timeout", message, Remedy.RETRY)
+            raise await self._stuck_or(failure, used) from exc
         except OSError as exc:
-            await self._raise_if_gone(exc)
-            raise InvocationFailed(type(exc).__name__, mask(str(exc), self._secrets), Remedy.RETRY) from exc
+            failure = InvocationFailed(type(exc).__name__, mask(str(exc), self._secrets), Remedy.RETRY)
+            raise await self._died_or(failure, used) from exc
 
-    async def _raise_if_gone(self, cause: OSError) -> None:
+    async def _live_connections(self) -> Connections:
+        """Connections to a server that lives, as far as is known: one that died is started again first."""
+        if self._served and self._has_died:
+            async with self._restarting:
+                if self._has_died:
+                    await asyncio.to_thread(self._served.restart)
+                    self._connections, self._has_died = self._served.connections, False
+        return self._connections
+
+    async def _died_or(self, failure: InvocationFailed, used: Connections) -> InvocationFailed:
         """Tell a server that has ended, which no retry helps, from one that dropped a connection."""
-        if not self._server:
-            return
+        if not self._served:
+            return failure
         deadline = asyncio.get_running_loop().time() + EXIT_WAIT_S
-        while not (ending := await asyncio.to_thread(self._server.ending)):
+        while used is self._connections and not self._has_died:
+            if ending := await asyncio.to_thread(self._served.ending):
+                return await self._note_death(f"{ending.how}{f'; {ending.next}' if ending.next else ''}", used)
             if asyncio.get_running_loop().time() > deadline:
-                return
+                return failure
             await asyncio.sleep(0.02)
-        log = await asyncio.to_thread(self._server.log_tail)
-        raise StageStartError(f"stage {self.name!r} is gone: {ending.how}", log=log, next=ending.next) from cause
+        return InvocationFailed("ServerDied", "it died of another request, or by chance", Remedy.DIED)
+
+    async def _stuck_or(self, failure: InvocationFailed, used: Connections) -> InvocationFailed:
+        """Tell a server that is stuck, as after a record that never ends, from one that is slow."""
+        if not self._served or not await asyncio.to_thread(self._served.is_stuck):
+            return failure
+        return await self._note_death(f"{failure.message}, and its ping is not answered either", used)
+
+    async def _note_death(self, how: str, used: Connections) -> InvocationFailed:
+        assert self._served
+        log = await asyncio.to_thread(self._served.log_tail)
+        if used is self._connections:  # else another one runs already
+            self._has_died = True
+        return InvocationFailed("ServerDied", mask(how, self._secrets), Remedy.DIED, traceback=log)
 
     async def _decode(self, answer: HttpAnswer, sent: str, count: int) -> Records:
         answered = answer.headers.get("content-type", "")
@@ -227,6 +235,12 @@ class HttpStage:
             empty = f" (HTTP {answer.status} with an empty body)" if not answer.body else ""
             message = f"answered {len(records):,} records for {count:,} sent{empty}"
             raise InvocationFailed("WrongAnswer", message, Remedy.ISOLATE)
+        # One that never fits is a stage that does not fit, which the next stage tells.
+        fits = self.exchange.fits_next(records)
+        if self._has_fitted and not fits:
+            message = f"answered {answered or 'without a content type'}; the next stage takes {self.exchange.next_type}"
+            raise InvocationFailed("WrongAnswer", message, Remedy.ISOLATE)
+        self._has_fitted = self._has_fitted or fits
         return records
 
 
@@ -261,18 +275,3 @@ def retry_after_s(value: str) -> float | None:
     except ValueError:
         return None
     return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
-
-
-def _uncounted(body: bytes, content_type: str, count: int) -> ByteRecords:
-    """An answer that is not counted: all of it stands for the first record, nothing for the others."""
-    ends = np.full(count, len(body), np.int64)
-    starts = np.concatenate([np.zeros(1, np.int64), ends[1:]])
-    return ByteRecords(memoryview(body), starts, ends, content.parse_content_type(content_type)[0])
-
-
-def _takes_table(stage: "StageSpec", input_format: str) -> bool:
-    """Whether input text must be parsed before this stage, if it comes first: it cannot be sent as it is read."""
-    media_type, parameters = content.parse_content_type(stage.content_type or "")
-    if input_format == "csv":
-        return stage.header or parameters.get("header") == "present" or media_type not in ("", content.CSV)
-    return input_format == "jsonl" and media_type in (content.CSV, content.ARROW)

@@ -47,14 +47,15 @@ def remove_started(engine: Engine, started: Iterable[Started]) -> None:
 
 
 def _started(kind: str, found: dict[str, Any]) -> Started:
-    labels: dict[str, str] = (found.get("Config") or found).get("Labels") or {}
+    found = {key.lower(): value for key, value in found.items()}  # podman writes those of a network small
+    labels: dict[str, str] = found.get("labels") or (found.get("config") or {}).get("Labels") or {}
     owner = _parsed(labels.get(OWNER_LABEL, ""))
     return Started(
         kind,
-        str(found["Name"]).lstrip("/"),
+        str(found["name"]).lstrip("/"),
         labels.get(RUN_LABEL, ""),
         labels.get(STAGE_LABEL, ""),
-        (found.get("State") or {}).get("Status", ""),
+        (found.get("state") or {}).get("Status", ""),
         str(owner.get("since", "")),
         is_dead(owner) or _is_from_before_a_boot(owner),
     )

@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,17 @@ def open_model_data(
         yield folder
 
 
+def model_version(stage: "StageSpec", uri: str) -> str | None:
+    """What tells one content of the model from another; None where it cannot be looked at."""
+    try:
+        uri = resolve(uri)
+        found = _find(open_store(uri, stage.storage_options), uri)
+    except (BatchpipeError, OSError):
+        return None
+    # A signature changes with each job file, its object does not.
+    return _key([replace(one, uri=clean_uri(one.uri)) for one in found]) if found else None
+
+
 @contextmanager
 def _open(uri: str, stage: "StageSpec", context: StageContext, cancelled: threading.Event | None) -> Iterator[Path]:
     uri = resolve(uri)
@@ -52,7 +64,7 @@ def _open(uri: str, stage: "StageSpec", context: StageContext, cancelled: thread
         yield Path(uri)
         return
     store = open_store(uri, stage.storage_options)
-    found = [store.stat(uri)] if store.exists(uri) else [one for one in store.iter_folder(uri) if one.uri[-1] != "/"]
+    found = _find(store, uri)
     if not found:
         raise StageStartError("there is nothing there")
     entry = _cache_folder(context) / _key(found)
@@ -79,6 +91,13 @@ def _cache_folder(context: StageContext) -> Path:
         folder = context.scratch / "models"
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _find(store: Store, uri: str) -> list[Found]:
+    """The model's archive, or the files of its folder; nothing where there is nothing."""
+    if store.exists(uri):
+        return [store.stat(uri)]
+    return [one for one in store.iter_folder(uri) if one.uri[-1] != "/"]
 
 
 def _key(found: Sequence[Found]) -> str:

@@ -4,20 +4,17 @@ import os
 import sys
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchpipe.errors import StageStartError
-from batchpipe.redact import mask
 from batchpipe.stages import StageContext
-from batchpipe.stages.contract import PORT, contract_environment, devices_of
-from batchpipe.stages.http import Ending, HttpStage
+from batchpipe.stages.contract import DEVICES, PORT, contract_environment, devices_of
+from batchpipe.stages.http import Ending, HttpStage, Server
 from batchpipe.stages.logs import keep_log, log_name, read_log, tail
-from batchpipe.stages.model_data import open_model_data
 from batchpipe.stages.ports import PortBlock, take_ports
-from batchpipe.stages.served import open_served
-from batchpipe.stages.watcher import WatchedProcess, Watcher, WatcherLostError, open_watcher
+from batchpipe.stages.served import Address, open_served
+from batchpipe.stages.watcher import WatchedProcess, Watcher
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
@@ -31,30 +28,22 @@ def open_process(
     watcher: Watcher | None = None,
     cancelled: threading.Event | None = None,
 ) -> HttpStage:
-    """Start the command, wait until it answers its ping, and ask what it advises.
-
-    Without the worker's ``watcher`` it has one of its own. Setting ``cancelled`` ends the waiting.
-    Raises StageStartError, with everything that was started released.
-    """
+    """Start the command, wait until it answers its ping, and ask what it advises: see `open_served`."""
     spec = stage.process
     assert spec
-    with ExitStack() as held:
-        try:
-            watcher = watcher or held.enter_context(open_watcher())
-            ports = take_ports()
-            held.callback(ports.close)
-            environment = _environment(stage, job, context, ports)
-            if spec.model_data:
-                model = held.enter_context(open_model_data(stage, spec.model_data, context, cancelled))
-                environment["SM_MODEL_DIR"] = str(model)
-            environment |= spec.environment
-            log = context.scratch / log_name(stage.name, context.copy)
-            child = watcher.start(spec.command, env=environment, cwd=job.path.parent, log=log)
-        except OSError as exc:
-            why = mask(str(exc), context.secrets)
-            raise StageStartError(f"stage {stage.name!r} did not start: {why}") from exc
-        server = _Process(child, log, context, held.pop_all())
-    return open_served(stage, job, context, server, ("127.0.0.1", int(environment[PORT])), cancelled)
+
+    def start(watcher: Watcher, model: Path | None, held: ExitStack) -> tuple[Server, Address]:
+        ports = take_ports()
+        held.callback(ports.close)
+        environment = _environment(stage, job, context, ports)
+        if model:
+            environment["SM_MODEL_DIR"] = str(model)
+        environment |= spec.environment
+        log = context.scratch / log_name(stage.name, context.copy)
+        child = watcher.start(spec.command, env=environment, cwd=job.path.parent, log=log)
+        return _Process(child, log, context), ("127.0.0.1", int(environment[PORT]))
+
+    return open_served(stage, job, context, start, watcher, cancelled)
 
 
 def _environment(stage: "StageSpec", job: "Job", context: StageContext, ports: PortBlock) -> dict[str, str]:
@@ -67,26 +56,21 @@ def _environment(stage: "StageSpec", job: "Job", context: StageContext, ports: P
     environment = inherited | {name: os.pathsep.join(parts) for name, parts in folders.items()}
     environment |= contract_environment(stage, job, ports.port, ports.safe_range)
     if stage.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices_of(stage, context.copy)))
+        environment[DEVICES] = ",".join(map(str, devices_of(stage, context.copy)))
     return environment
 
 
 class _Process:
     """The running command and its log."""
 
-    def __init__(self, child: WatchedProcess, log: Path, context: StageContext, held: ExitStack) -> None:
+    def __init__(self, child: WatchedProcess, log: Path, context: StageContext) -> None:
         self._child = child
         self._log = log
         self._context = context
-        self._held = held
         self._started = time.monotonic()
-        self._is_open = True
 
     def ending(self) -> Ending | None:
-        try:
-            code = self._child.poll()
-        except WatcherLostError as exc:
-            return Ending(str(exc))
+        code = self._child.poll()
         if code is None:
             return None
         how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
@@ -96,13 +80,8 @@ class _Process:
         return tail(self._read_log(), self._context.secrets, self._log.name)
 
     def close(self) -> None:
-        if not self._is_open:
-            return
-        self._is_open = False
-        with self._held:
-            with suppress(WatcherLostError):
-                self._child.stop()
-            keep_log(self._read_log(), self._context.secrets, self._context.logs, self._log.name)
+        self._child.stop()
+        keep_log(self._read_log(), self._context.secrets, self._context.logs, self._log.name)
 
     def _read_log(self) -> str:
         return read_log([self._log.with_name(self._log.name + ".1"), self._log])

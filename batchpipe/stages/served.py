@@ -1,49 +1,133 @@
-"""A stage whose server was started for it, a process or a container: waited for, asked, and called over HTTP."""
+"""The server of a stage, a process or a container: started, waited for, and started again where it dies."""
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from batchpipe.errors import StageStartError
+from batchpipe.redact import mask
 from batchpipe.stages import StageContext
 from batchpipe.stages.connections import Connections
-from batchpipe.stages.contract import Advice, ask_advice, wait_until_ready
-from batchpipe.stages.http import HttpStage, Server
+from batchpipe.stages.contract import Advice, answers_ping, ask_advice, wait_until_ready
+from batchpipe.stages.http import Ending, HttpStage, Server
+from batchpipe.stages.model_data import open_model_data
+from batchpipe.stages.watcher import Watcher, open_watcher
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
+
+Address: TypeAlias = tuple[str, int]
+Start: TypeAlias = Callable[[Watcher, Path | None, ExitStack], tuple[Server, Address]]
+"""A kind's own start: given the watcher and the model's folder; what must be released beside the server is entered."""
+
+UNANSWERED_S = 10.0
+"""How long a server may leave its ping unanswered, after an invocation timed out, before it counts as stuck."""
+
+
+class Served:
+    """The server behind a stage, and the next one where it dies. Restarted by one thread, closed by any."""
+
+    def __init__(
+        self,
+        stage: "StageSpec",
+        context: StageContext,
+        start: Start,
+        watcher: Watcher | None,
+        cancelled: threading.Event | None,
+    ) -> None:
+        self._stage = stage
+        self._context = context
+        self._start_it = start
+        self._watcher = watcher
+        self._cancelled = cancelled
+        self._closed = threading.Event()
+        self._turn = threading.Lock()
+        self._held = ExitStack()
+        self.address: Address
+        self.connections: Connections
+        self._server: Server
+        self._start()
+
+    def ending(self) -> Ending | None:
+        """How the server that runs now ended; None while it runs."""
+        return self._server.ending()
+
+    def is_stuck(self) -> bool:
+        """Whether it does not even answer its ping."""
+        return not answers_ping(*self.address, UNANSWERED_S)
+
+    def log_tail(self) -> str:
+        """The last lines of its log, masked."""
+        return self._server.log_tail()
+
+    def restart(self) -> None:
+        """Release the server that died or is stuck, and start another. Raises StageStartError (4)."""
+        with self._turn:
+            self._release()
+            if not self._closed.is_set():
+                self._start()
+
+    def close(self) -> None:
+        """Stop the server and release all that it holds; a restart under way is given up."""
+        self._closed.set()
+        with self._turn:
+            self._release()
+
+    def _release(self) -> None:
+        self._held.close()
+        self.connections.close()
+
+    def _start(self) -> None:
+        spec = self._stage.container or self._stage.process
+        assert spec
+        with ExitStack() as held:
+            try:
+                watcher = self._watcher or held.enter_context(open_watcher())
+                model = None
+                if spec.model_data:
+                    opened = open_model_data(self._stage, spec.model_data, self._context, self._cancelled)
+                    model = held.enter_context(opened)
+                self._server, self.address = self._start_it(watcher, model, held)
+            except OSError as exc:
+                raise self._not_started(mask(str(exc), self._context.secrets)) from exc
+            held.callback(self._server.close)
+            try:
+                wait_until_ready(*self.address, spec.startup_timeout_s, self._check)
+            except TimeoutError as exc:
+                raise self._not_started(str(exc), log=self.log_tail()) from exc
+            self._held = held.pop_all()
+        self.connections = Connections(f"http://{self.address[0]}:{self.address[1]}/invocations", {})
+
+    def _check(self) -> None:
+        if ending := self.ending():
+            raise self._not_started(ending.how, log=self.log_tail(), next_=ending.next)
+        if self._closed.is_set() or (self._cancelled and self._cancelled.is_set()):
+            raise StageStartError(f"stage {self._stage.name!r} was not waited for: another stage did not start")
+
+    def _not_started(self, why: str, *, log: str = "", next_: str = "") -> StageStartError:
+        return StageStartError(f"stage {self._stage.name!r} did not start: {why}", log=log, next=next_)
 
 
 def open_served(
     stage: "StageSpec",
     job: "Job",
     context: StageContext,
-    server: Server,
-    address: tuple[str, int],
+    start: Start,
+    watcher: Watcher | None = None,
     cancelled: threading.Event | None = None,
 ) -> HttpStage:
-    """Wait until the server at ``address`` is ready and return the stage that owns it.
+    """Start a stage's server, wait until it answers its ping, and ask what it advises.
 
-    Raises StageStartError, with the server closed, at once when the server ends or ``cancelled`` is set.
+    Without the worker's ``watcher`` it has one of its own. Setting ``cancelled`` ends the waiting.
+    Raises StageStartError, with everything that was started released.
     """
-    spec = stage.container or stage.process
-    assert spec
-
-    def check() -> None:
-        if ending := server.ending():
-            msg = f"stage {stage.name!r} did not start: {ending.how}"
-            raise StageStartError(msg, log=server.log_tail(), next=ending.next)
-        if cancelled and cancelled.is_set():
-            raise StageStartError(f"stage {stage.name!r} was not waited for: another stage did not start")
-
+    served = Served(stage, context, start, watcher, cancelled)
     try:
-        try:
-            wait_until_ready(*address, spec.startup_timeout_s, check)
-        except TimeoutError as exc:
-            raise StageStartError(f"stage {stage.name!r} did not start: {exc}", log=server.log_tail()) from exc
         known = context.advice.get(stage.name)
-        advice = ask_advice(*address) if known is None else Advice.of(known)
-        connections = Connections(f"http://{address[0]}:{address[1]}/invocations", {})
-        return HttpStage(stage, job, context, connections, advice=advice, server=server)
+        advice = ask_advice(*served.address) if known is None else Advice.of(known)
+        return HttpStage(stage, job, context, served.connections, advice=advice, served=served)
     except BaseException:
-        server.close()
+        served.close()
         raise

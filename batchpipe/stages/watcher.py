@@ -4,6 +4,7 @@ This is their side of it: open it first, tell it what to release, close it last.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from batchpipe.errors import PoolError
+
 GRACE_S = 3.0
 """Between TERM and KILL: what a server needs to answer what it has begun, and well within G5's 10 s."""
 CLOSE_S = 60.0
@@ -23,7 +26,7 @@ _PROGRAM = Path(__file__).with_name("watcher_process.py")
 
 
 def open_watcher(*, label: str = "", scratch: Path | None = None) -> "Watcher":
-    """Start a watcher for this process. Raises OSError if it cannot be started.
+    """Start a watcher for this process. Raises OSError if it cannot be started, WatcherLostError if it is killed.
 
     ``label`` (``key=value``) marks containers and networks to remove, ``scratch`` is a folder to delete, at the end.
     """
@@ -32,16 +35,18 @@ def open_watcher(*, label: str = "", scratch: Path | None = None) -> "Watcher":
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    watcher = Watcher(process)
-    if label:
-        watcher.containers(label)
-    if scratch:
-        watcher.scratch(scratch)
+    with contextlib.ExitStack() as undo:
+        watcher = undo.enter_context(Watcher(process))
+        if label:
+            watcher.containers(label)
+        if scratch:
+            watcher.scratch(scratch)
+        undo.pop_all()
     return watcher
 
 
-class WatcherLostError(OSError):
-    """The watcher was killed: what it should release may stay behind."""
+class WatcherLostError(PoolError):
+    """The watcher was killed: what it should release may stay behind, so nothing more is started."""
 
 
 class Watcher:
@@ -56,6 +61,7 @@ class Watcher:
         self._process = process
         self._orders, self._replies = process.stdin, process.stdout
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
 
     def __enter__(self) -> "Watcher":
         return self
@@ -63,9 +69,14 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start(self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> "WatchedProcess":
-        """Start a process in its own group, its output in ``log`` (bounded). Raises OSError as Popen does."""
-        reply = self._order("start", command=list(command), env=dict(env), cwd=str(cwd), log=str(log))
+    def start(
+        self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path, creates: bool = False
+    ) -> "WatchedProcess":
+        """Start a process in its own group, its output in ``log`` (bounded). Raises OSError as Popen does.
+
+        At the end it is stopped; where it ``creates`` what `containers` names, it is let finish before the sweep.
+        """
+        reply = self._order("start", command=list(command), env=dict(env), cwd=str(cwd), log=str(log), creates=creates)
         if error := reply.get("error"):
             raise OSError(*error)
         return WatchedProcess(self, reply["pid"])
@@ -105,15 +116,23 @@ class Watcher:
     def _order(self, do: str, **values: object) -> dict[str, Any]:
         try:
             with self._lock:
-                self._orders.write(json.dumps({"do": do, **values}).encode() + b"\n")
+                number = next(self._numbers)
+                self._orders.write(json.dumps({"do": do, "order": number, **values}).encode() + b"\n")
                 self._orders.flush()
                 reply = self._replies.readline()
+                # A signal may have cut an earlier order short: its reply is still to come.
+                while reply and json.loads(reply)["order"] != number:
+                    reply = self._replies.readline()
         except (OSError, ValueError) as exc:  # ValueError: closed already
-            raise WatcherLostError(f"the watcher (pid {self.pid}) is gone: {exc}") from exc
+            raise self._lost() from exc
         if not reply:
-            raise WatcherLostError(f"the watcher (pid {self.pid}) is gone")
+            raise self._lost()
         answer: dict[str, Any] = json.loads(reply)
         return answer
+
+    def _lost(self) -> WatcherLostError:
+        msg = f"the run's watcher process (pid {self.pid}) was killed, and nothing would release what the run holds"
+        return WatcherLostError(msg, next="the same command again resumes the run")
 
 
 class WatchedProcess:
@@ -130,8 +149,27 @@ class WatchedProcess:
             self.returncode = self._watcher.poll(self.pid)
         return self.returncode
 
+    def signal(self, number: int) -> None:
+        """Send a signal to the whole group. Raises WatcherLostError."""
+        self._watcher.signal(self.pid, number)
+
+    def outlive(self, within_s: float = GRACE_S) -> None:
+        """Wait until the whole group is gone, where no watcher is there to tell."""
+        deadline = time.monotonic() + within_s
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            while time.monotonic() < deadline:
+                os.killpg(self.pid, 0)
+                time.sleep(0.01)
+
     def stop(self, grace_s: float = GRACE_S) -> None:
-        """End the whole group: TERM, and KILL for what is left after the grace. Raises WatcherLostError."""
+        """End the whole group: TERM, and KILL for what is left after the grace. Never raises."""
+        try:
+            self._stop(grace_s)
+        except WatcherLostError:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def _stop(self, grace_s: float) -> None:
         deadline = time.monotonic() + grace_s
         alive = self._watcher.signal(self.pid, signal.SIGTERM)
         while alive and time.monotonic() < deadline:

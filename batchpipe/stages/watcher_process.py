@@ -17,8 +17,7 @@ import time
 
 GRACE_S = 3.0
 SWEEP_S = 30.0
-SWEEP_PAUSE_S = 0.7
-"""Longer than an engine takes to finish a ``run`` that was under way when its caller died."""
+SWEEP_PAUSE_S = 0.2
 MAX_LOG_BYTES = 8 << 20
 """A log is at most two files of this size, the older one ends in ``.1``."""
 PR_SET_CHILD_SUBREAPER = 36
@@ -57,6 +56,7 @@ class Watch:
         self.exit_codes: dict[int, int | None] = {}
         self.pipes: dict[int, int] = {}
         self.groups: set[int] = set()
+        self.creating: set[int] = set()
         self.labels: dict[str, str] = {}
         self.folders: list[str] = []
         self.command: list[str] | None = None
@@ -81,7 +81,8 @@ class Watch:
         *lines, self.begun = (self.begun + data).split(b"\n")
         for line in lines:
             order = json.loads(line)
-            reply = getattr(self, "do_" + order.pop("do"))(**order) or {}
+            number = order.pop("order", None)  # none where it only says that it closes
+            reply = {"order": number, **(getattr(self, "do_" + order.pop("do"))(**order) or {})}
             with contextlib.suppress(BrokenPipeError):
                 os.write(1, json.dumps(reply).encode() + b"\n")
 
@@ -97,6 +98,7 @@ class Watch:
         else:
             self.selector.unregister(pipe)
             os.close(pipe)
+            self.pipes = {pid: other for pid, other in self.pipes.items() if other != pipe}
             log.close()
         return bool(data)
 
@@ -110,8 +112,9 @@ class Watch:
                 if ended[0] in self.exit_codes:
                     self.exit_codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
         self.groups = {pid for pid in self.groups if signal_group(pid, 0)}
+        self.creating &= self.groups
 
-    def do_start(self, command: list[str], env: dict[str, str], cwd: str, log: str) -> dict[str, object]:
+    def do_start(self, command: list[str], env: dict[str, str], cwd: str, log: str, creates: bool) -> dict[str, object]:
         try:
             sink = Log(log)
             read, write = os.pipe()
@@ -130,6 +133,8 @@ class Watch:
         child.returncode = 0  # we reap it ourselves
         self.exit_codes[child.pid] = None
         self.groups.add(child.pid)
+        if creates:
+            self.creating.add(child.pid)
         os.set_blocking(read, False)
         self.selector.register(read, selectors.EVENT_READ, sink)
         self.pipes[child.pid] = read
@@ -143,9 +148,12 @@ class Watch:
 
     def take_last_words(self, pid: int) -> None:
         """Have in the log what a process wrote before it ended, as much as a pipe may hold, before its end is told."""
-        key = self.selector.get_map().get(self.pipes.pop(pid, -1))
+        pipe = self.pipes.pop(pid, None)
+        if pipe is None:  # it ended the log itself, or its end was told before
+            return
+        key = self.selector.get_key(pipe)
         for _ in range(16):
-            if not key or not self.log(key.fd, key.data):
+            if not self.log(key.fd, key.data):
                 return
 
     def do_signal(self, pid: int, number: int) -> dict[str, object]:
@@ -166,7 +174,7 @@ class Watch:
 
     def release(self) -> None:
         """Give everything back; containers are removed while the processes have their grace."""
-        for pid in self.groups:
+        for pid in self.groups - self.creating:
             signal_group(pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
         self.sweep()
@@ -187,16 +195,19 @@ class Watch:
             subprocess.Popen(command, stdin=-3, stdout=-3, stderr=-3, start_new_session=True).wait(SWEEP_S)
 
     def sweep(self) -> None:
-        """Remove what carries our labels: once after a close, else until two sweeps find nothing."""
+        """Remove what carries our labels, until a sweep that began after the last creation finds nothing.
+
+        A command that creates is let end: the engine would finish what it was asked for after its caller was killed.
+        """
         deadline = time.monotonic() + SWEEP_S
-        empty, enough = 0, 1 if self.closed else 2
-        while self.labels and empty < enough and time.monotonic() < deadline:
-            found = False
+        found = bool(self.labels)
+        while found and time.monotonic() < deadline:
+            self.reap()
+            found = bool(self.creating)
             for label, engine in self.labels.items():
                 found |= remove(engine, ["ps", "-aq"], ["rm", "-f", "-v"], label)
                 found |= remove(engine, ["network", "ls", "-q"], ["network", "rm"], label)
-            empty = 0 if found else empty + 1
-            if empty < enough:
+            if found:
                 time.sleep(SWEEP_PAUSE_S)
 
 

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from batchpipe.storage.address import clean, is_data, join, protocol, relative, resolve
+from batchpipe.storage.address import is_data, join, protocol, relative, resolve
+from batchpipe.storage.durable import is_scrap
 from batchpipe.storage.local import LocalStore
 from batchpipe.storage.pending import Pending, PendingWriter
 from batchpipe.storage.store import (
@@ -34,8 +35,8 @@ __all__ = [
     "PendingWriter",
     "StaleError",
     "Store",
-    "clean",
     "is_data",
+    "is_scrap",
     "join",
     "open_store",
     "relative",

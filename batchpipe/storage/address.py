@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from batchpipe.errors import InputError
+from batchpipe.redact import clean_uri
 
 
 def protocol(uri: str) -> str:
@@ -35,17 +36,8 @@ def relative(uri: str, folder: str) -> str:
     """The path of an object below a folder; ValueError if it is not below it."""
     start = join(resolve(folder), "")
     if not resolve(uri).startswith(start):
-        raise ValueError(f"{clean(uri)!r} is not below {clean(folder)!r}")
+        raise ValueError(f"{clean_uri(uri)!r} is not below {clean_uri(folder)!r}")
     return resolve(uri)[len(start) :]
-
-
-def clean(uri: str) -> str:
-    """A URI fit to be shown: without userinfo and without a query, where secrets hide."""
-    if protocol(uri) == "file":
-        return uri
-    uri = re.sub(r"(://)[^/@]*@", r"\1", uri)
-    query = r"\?.*" if protocol(uri) in ("http", "https") else r"\?[\w.-]+=.*"
-    return re.sub(query, "", uri)
 
 
 def is_data(path: str) -> bool:
@@ -78,7 +70,7 @@ class Pattern:
         for part in parts[first:]:
             if "**" in part and part != "**":
                 raise InputError(
-                    f"cannot read {clean(uri)!r}: '**' must stand alone between slashes",
+                    f"cannot read {clean_uri(uri)!r}: '**' must stand alone between slashes",
                     next=f"write {part.replace('**', '*')!r} for one level, or '**/{part.replace('**', '*')}' for all",
                 )
         folder = "/".join(parts[:first])

@@ -41,6 +41,11 @@ def _link_or_replace(source: Path, path: Path, replaces: str | None) -> None:
         link(source, path)
 
 
+def is_scrap(uri: str) -> bool:
+    """Whether an object is one that a kill left beside the one that was being written: nobody will ever name it."""
+    return uri.endswith(TEMPORARY)
+
+
 def link(source: Path, path: Path) -> str:
     """Give a file its name unless that is taken. Returns its version; the source keeps its name too.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchpipe.errors import BatchpipeError, InputError, OutputError
-from batchpipe.storage.address import clean
+from batchpipe.redact import clean_uri
 from batchpipe.storage.store import ObjectMissingError
 
 
@@ -20,7 +20,7 @@ class Doing:
 
     def failed(self, uri: str, why: str, check: str = "") -> BatchpipeError:
         """The error for a failure at this URI, with what to check."""
-        return self.error(f"cannot {self.verb} {clean(uri)!r}: {why}", next=check)
+        return self.error(f"cannot {self.verb} {clean_uri(uri)!r}: {why}", next=check)
 
 
 READING = Doing("read", InputError)
@@ -45,7 +45,13 @@ _REASONS = {
 
 def missing(doing: Doing, uri: str) -> ObjectMissingError:
     """The error for an object that is not there."""
-    return ObjectMissingError(f"cannot {doing.verb} {clean(uri)!r}: there is nothing", next="check the name")
+    return ObjectMissingError(f"cannot {doing.verb} {clean_uri(uri)!r}: there is nothing", next="check the name")
+
+
+def removed(uri: str) -> BatchpipeError:
+    """The error for a file that lost its folder while it was written: whoever writes has made that folder before."""
+    check = "see that no other run writes here, then run the same command again: it resumes"
+    return WRITING.failed(uri, "its folder was removed meanwhile", check)
 
 
 @contextmanager
@@ -56,8 +62,8 @@ def explained(doing: Doing, uri: str) -> Iterator[None]:
     except BatchpipeError:
         raise
     except FileNotFoundError as exc:
-        raise missing(doing, uri) from exc
+        raise (removed(uri) if doing is WRITING else missing(doing, uri)) from exc
     except OSError as exc:
         why, check = _REASONS.get(exc.errno or 0, (exc.strerror or str(exc) or type(exc).__name__, ""))
-        where = clean(uri)
+        where = clean_uri(uri)
         raise doing.failed(uri, why, check.format(uri=where, folder=Path(where).parent)) from exc

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 import fsspec
 
 from batchpipe.errors import InputError, JobError, OutputError
+from batchpipe.redact import clean_uri
 from batchpipe.split import WHOLE
 from batchpipe.storage import owner as owners
-from batchpipe.storage.address import Pattern, clean, has_wildcard, is_data, join, resolve
+from batchpipe.storage.address import Pattern, has_wildcard, is_data, join, resolve
 from batchpipe.storage.explain import LISTING, READING, WRITING, explained
 from batchpipe.storage.listing import sorted_by_uri
 from batchpipe.storage.pending import Pending, PendingWriter
@@ -103,12 +104,12 @@ class GenericStore:
 
     def create(self, uri: str, data: bytes) -> str:
         if self.exists(uri):
-            raise ObjectExistsError(f"cannot create {clean(uri)!r}: it exists already")
+            raise ObjectExistsError(f"cannot create {clean_uri(uri)!r}: it exists already")
         return self.put(uri, data)
 
     def replace(self, uri: str, data: bytes, version: str) -> str:
         if not self.exists(uri) or self.stat(uri).version != version:
-            raise StaleError(f"cannot replace {clean(uri)!r}: it was changed by somebody else")
+            raise StaleError(f"cannot replace {clean_uri(uri)!r}: it was changed by somebody else")
         return self.put(uri, data)
 
     def put(self, uri: str, data: bytes) -> str:
@@ -138,12 +139,12 @@ class GenericStore:
         there = self.stat(pending.uri) if self.exists(pending.uri) else None
         if not self.exists(pending.staging):
             if there is None or there.version == replaces:
-                raise PendingLostError(f"cannot publish {clean(pending.uri)!r}: its pending piece is gone")
+                raise PendingLostError(f"cannot publish {clean_uri(pending.uri)!r}: its pending piece is gone")
             if there.size != pending.size:
-                raise ObjectExistsError(f"cannot publish {clean(pending.uri)!r}: another object is there")
+                raise ObjectExistsError(f"cannot publish {clean_uri(pending.uri)!r}: another object is there")
             return there.version  # moved before, by a publish that a kill cut short
         if there is not None and there.version != replaces:
-            raise ObjectExistsError(f"cannot publish {clean(pending.uri)!r}: another object is there")
+            raise ObjectExistsError(f"cannot publish {clean_uri(pending.uri)!r}: another object is there")
         with explained(WRITING, pending.uri):
             self._make_parent(pending.uri)
             self._filesystem.mv(self._path(pending.staging), self._path(pending.uri))
@@ -190,7 +191,7 @@ class _GenericFile(VersionedRaw):
         now = self._store.stat(self._listed.uri)
         if now != self._listed:
             raise InputError(
-                f"cannot read {clean(self._listed.uri)!r}: it changed since it was listed",
+                f"cannot read {clean_uri(self._listed.uri)!r}: it changed since it was listed",
                 next="wait until nobody writes it, then start a new run",
             )
 
@@ -263,7 +264,7 @@ class GenericLock:
     def renew(self) -> None:
         if self._read().get("token") != self._owner["token"]:
             raise OutputError(
-                f"the lock {clean(self._uri)!r} was lost: another run has taken it, or it was removed",
+                f"the lock {clean_uri(self._uri)!r} was lost: another run has taken it, or it was removed",
                 next="see that no other run writes here, then run the same command again: it resumes",
             )
         self._write()

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from batchpipe.errors import InputError
+from batchpipe.redact import clean_uri
 from batchpipe.split import WHOLE
-from batchpipe.storage.address import Pattern, clean, has_wildcard, is_data, resolve
+from batchpipe.storage.address import Pattern, has_wildcard, is_data, resolve
 from batchpipe.storage.durable import link, make_folder, place, rename, sync, write_beside
 from batchpipe.storage.explain import LISTING, READING, WRITING, explained
 from batchpipe.storage.flock import FileLock
@@ -177,7 +178,7 @@ class _VersionedFile(io.FileIO, VersionedRaw):
         now = os.fstat(self.fileno())
         if (now.st_size, str(now.st_mtime_ns)) != self._listed:
             raise InputError(
-                f"cannot read {clean(str(self.name))!r}: it changed since it was listed",
+                f"cannot read {clean_uri(str(self.name))!r}: it changed since it was listed",
                 next="wait until nobody writes it, then start a new run",
             )
 

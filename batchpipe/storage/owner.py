@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchpipe.errors import LockedError
-from batchpipe.storage.address import clean
+from batchpipe.redact import clean_uri
 
 
 def this_process(details: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def locked(uri: str, owner: Mapping[str, Any], check: str) -> LockedError:
     """The error that names who holds the lock."""
     run = f"run {owner['run']}" if owner.get("run") else "another run"
     where = f" on {owner['host']}, pid {owner['pid']}, since {owner['since']}" if "pid" in owner else ""
-    error = LockedError(f"{run}{where} holds this output", where=clean(uri), next=check)
+    error = LockedError(f"{run}{where} holds this output", where=clean_uri(uri), next=check)
     error.passes_soon = bool(owner.get("sweeps"))
     return error
 

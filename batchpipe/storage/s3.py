@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from batchpipe.redact import clean_uri
 from batchpipe.split import WHOLE
-from batchpipe.storage.address import Pattern, clean, has_wildcard, is_data, join, resolve
+from batchpipe.storage.address import Pattern, has_wildcard, is_data, join, resolve
 from batchpipe.storage.explain import LISTING, READING, WRITING
 from batchpipe.storage.listing import sorted_by_uri
 from batchpipe.storage.pending import Pending, PendingWriter
@@ -82,13 +83,13 @@ class S3Store:
         try:
             return self._put(uri, data, IfNoneMatch="*")
         except StaleError as exc:
-            raise ObjectExistsError(f"cannot create {clean(uri)!r}: it exists already") from exc
+            raise ObjectExistsError(f"cannot create {clean_uri(uri)!r}: it exists already") from exc
 
     def replace(self, uri: str, data: bytes, version: str) -> str:
         try:
             return self._put(uri, data, IfMatch=f'"{version}"')
         except (StaleError, ObjectMissingError) as exc:
-            raise StaleError(f"cannot replace {clean(uri)!r}: it was changed by somebody else") from exc
+            raise StaleError(f"cannot replace {clean_uri(uri)!r}: it was changed by somebody else") from exc
 
     def put(self, uri: str, data: bytes) -> str:
         return self._put(uri, data)
@@ -143,9 +144,11 @@ class S3Store:
             if there and there["Metadata"].get(ATTEMPT) == pending.attempt:
                 return _version(there)
             if there and _version(there) != replaces:
-                raise ObjectExistsError(f"cannot publish {clean(pending.uri)!r}: another object is there") from exc
+                raise ObjectExistsError(f"cannot publish {clean_uri(pending.uri)!r}: another object is there") from exc
             if isinstance(exc, PendingLostError) or replaces is None:
-                raise PendingLostError(f"cannot publish {clean(pending.uri)!r}: its pending upload is gone") from exc
+                raise PendingLostError(
+                    f"cannot publish {clean_uri(pending.uri)!r}: its pending upload is gone"
+                ) from exc
         return self.publish(pending)  # what was to be replaced is gone: the place is free
 
     def discard(self, pending: Pending) -> None:

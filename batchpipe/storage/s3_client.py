@@ -21,10 +21,11 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 from botocore.exceptions import ConnectionError as NoConnectionError
+from botocore.handlers import add_expect_header
 from s3fs import S3FileSystem
 
 from batchpipe.errors import BatchpipeError, InputError, JobError
-from batchpipe.storage.address import clean
+from batchpipe.redact import clean_uri
 from batchpipe.storage.explain import READING, Doing
 from batchpipe.storage.store import ObjectMissingError, PendingLostError, StaleError
 
@@ -95,7 +96,9 @@ class S3Client:
         try:
             with _understood():
                 async with self._connecting:  # else each of several first calls would open a client of its own
-                    await self._filesystem.set_session()
+                    client = await self._filesystem.set_session()
+                    # A client that waits to be told to go on with a body has no timeout for it: it would wait for ever.
+                    client.meta.events.unregister("before-call.s3", add_expect_header)
             return await self._call_until_settled(method, Bucket=bucket, **parameters)
         except (OSError, BotoCoreError) as exc:
             if code_of(exc) == "403" and method.startswith("head_"):
@@ -148,7 +151,7 @@ def _understood() -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError) as exc:
         raise JobError(
-            f"storage_options.s3 is not understood: {clean(str(exc))}",
+            f"storage_options.s3 is not understood: {clean_uri(str(exc))}",
             next="see the parameters of s3fs.S3FileSystem; what it hands on to botocore stands under client_kwargs",
         ) from exc
 
@@ -157,7 +160,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     """Bucket and key."""
     bucket, _, key = uri.partition("://")[2].partition("/")
     if not bucket:
-        raise InputError(f"{clean(uri)!r} names no bucket", next="write s3://BUCKET/KEY")
+        raise InputError(f"{clean_uri(uri)!r} names no bucket", next="write s3://BUCKET/KEY")
     return bucket, key
 
 
@@ -170,11 +173,11 @@ def code_of(error: BaseException) -> str:
 def _explain(error: Exception, doing: Doing, uri: str) -> BatchpipeError:
     code = code_of(error)
     if code in ("NoSuchKey", "404", "NotFound"):
-        return ObjectMissingError(f"cannot {doing.verb} {clean(uri)!r}: there is nothing", next="check the name")
+        return ObjectMissingError(f"cannot {doing.verb} {clean_uri(uri)!r}: there is nothing", next="check the name")
     if code in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
-        return StaleError(f"cannot {doing.verb} {clean(uri)!r}: it was changed by somebody else")
+        return StaleError(f"cannot {doing.verb} {clean_uri(uri)!r}: it was changed by somebody else")
     if code == "NoSuchUpload":
-        return PendingLostError(f"cannot {doing.verb} {clean(uri)!r}: its pending upload is gone")
+        return PendingLostError(f"cannot {doing.verb} {clean_uri(uri)!r}: its pending upload is gone")
     if code in _REASONS:
         why, check = _REASONS[code]
         why = why.format(bucket=split_uri(uri)[0])
@@ -192,8 +195,8 @@ def _explain_transport(error: Exception, code: str) -> tuple[str, str]:
     if isinstance(error, ProfileNotFound):
         return str(error), "check storage_options.s3: profile, and ~/.aws/config"
     if isinstance(error, (NoConnectionError, HTTPClientError)):
-        endpoint = clean(str(error.kwargs.get("endpoint_url", "the store")))
+        endpoint = clean_uri(str(error.kwargs.get("endpoint_url", "the store")))
         return f"no answer from {endpoint} ({type(error).__name__})", (
             "check the network, and the endpoint in storage_options.s3: client_kwargs.endpoint_url"
         )
-    return f"{clean(str(error))[:300] or type(error).__name__}{f' ({code})' if code else ''}", ""
+    return f"{clean_uri(str(error))[:300] or type(error).__name__}{f' ({code})' if code else ''}", ""

@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from batchpipe.errors import BatchpipeError, OutputError
+from batchpipe.redact import clean_uri
 from batchpipe.storage import owner as owners
-from batchpipe.storage.address import clean
 from batchpipe.storage.explain import WRITING
 from batchpipe.storage.s3_client import S3Client
 from batchpipe.storage.store import ObjectMissingError, StaleError
@@ -44,7 +44,7 @@ class S3Lock:
                 self._etag = self._put(IfMatch=self._etag)
             except (StaleError, ObjectMissingError) as exc:
                 raise OutputError(
-                    f"the lock {clean(self._uri)!r} was lost: another run has taken it, or it was removed",
+                    f"the lock {clean_uri(self._uri)!r} was lost: another run has taken it, or it was removed",
                     next="see that no other run writes here, then run the same command again: it resumes",
                 ) from exc
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from batchpipe.errors import InputError
-from batchpipe.storage.address import clean
+from batchpipe.redact import clean_uri
 from batchpipe.storage.explain import READING
 from batchpipe.storage.s3_client import S3Client
 from batchpipe.storage.store import ObjectMissingError, StaleError, VersionedRaw
@@ -113,6 +113,6 @@ class S3RangeReader(VersionedRaw):
 
 def _changed(uri: str) -> InputError:
     return InputError(
-        f"cannot read {clean(uri)!r}: it changed since it was listed",
+        f"cannot read {clean_uri(uri)!r}: it changed since it was listed",
         next="wait until nobody writes it, then start a new run",
     )

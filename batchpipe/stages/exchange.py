@@ -1,0 +1,107 @@
+"""How records become the requests of one stage, and its answers records again, as the job says. Pure."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from batchpipe import content
+from batchpipe.batch import ByteRecords, Records
+from batchpipe.content import Body, ContentError
+from batchpipe.stages.contract import Advice
+from batchpipe.stages.tables import take_header, to_table
+
+if TYPE_CHECKING:
+    from batchpipe.job import Job, StageSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """How records become requests to one stage and answers become records."""
+
+    content_type: str
+    """As stated; empty where it is that of the records."""
+    accept: str
+    """Asked for; empty where nobody states it."""
+    header: bool
+    request_key: str
+    answer_key: str
+    is_counted: bool
+    single_record: bool
+    """Whether the stage takes one record a request, whatever the content type could hold."""
+    table_type: str
+    """What a table goes as where no content type is stated: as it came, if over HTTP, else as CSV."""
+    next_type: str
+    """What the next stage takes, where it is called over HTTP too and states it; else empty."""
+
+    @classmethod
+    def of(cls, stage: "StageSpec", job: "Job", advice: Advice) -> "Exchange":
+        """Put together what the job states, what the next stage states, and what the server advises."""
+        position = [other.name for other in job.stages].index(stage.name)
+        following = job.stages[position + 1 : position + 2]
+        single_record = job.batch.max_records == 1
+        if job.batch.max_records is None and advice.single_record is not None:
+            single_record = advice.single_record
+        return cls(
+            content_type=stage.content_type or "",
+            accept=stage.accept or (following[0].content_type if following else "") or "",
+            header=stage.header or content.parse_content_type(stage.content_type or "")[1].get("header") == "present",
+            request_key=stage.request_key or "",
+            answer_key=stage.answer_key or "",
+            is_counted=stage.count != "none",
+            single_record=single_record,
+            table_type=content.ARROW if position and job.stages[position - 1].is_http else content.CSV,
+            next_type=(following[0].content_type or "") if following and following[0].is_http else "",
+        )
+
+    def content_type_of(self, records: Records) -> str:
+        """The request's Content-Type: as stated, else what arrives."""
+        return self.content_type or (self.table_type if isinstance(records, pa.Table) else records.content_type)
+
+    def takes_one(self, content_type: str) -> bool:
+        """Whether each record is a request of its own."""
+        return self.single_record or not content.holds_many(content_type)
+
+    def encode(self, records: Records, content_type: str) -> Body:
+        """The request's body. Raises ContentError."""
+        if self.takes_one(content_type):
+            return content.encode_one(records, content_type, header=self.header, request_key=self.request_key)
+        return content.encode(records, content_type, header=self.header, request_key=self.request_key)
+
+    def decode(self, body: bytes, answered: str, sent: str, count: int) -> Records:
+        """The answer's records; ``count`` of them were sent as ``sent``. Raises ContentError."""
+        answered = answered or self.accept or sent
+        if not self.is_counted:
+            return _uncounted(body, answered, count)
+        if self.takes_one(sent):
+            return content.decode_one(body, answered, answer_key=self.answer_key)
+        if not body:
+            return ByteRecords.of([])
+        if not content.holds_many(answered):
+            raise ContentError(f"records of {answered} cannot be counted; does `accept` name a type of many records?")
+        records = content.decode(body, answered, answer_key=self.answer_key)
+        media_type, parameters = content.parse_content_type(answered)
+        if isinstance(records, ByteRecords) and media_type == content.CSV and parameters.get("header") == "present":
+            names, records = take_header(records)
+            return to_table(records, names)
+        return records
+
+    def fits_next(self, records: Records) -> bool:
+        """Whether the next stage could be sent these."""
+        return not self.next_type or content.can_be_sent(records, self.next_type)
+
+
+def _uncounted(body: bytes, content_type: str, count: int) -> ByteRecords:
+    """An answer that is not counted: all of it stands for the first record, nothing for the others."""
+    ends = np.full(count, len(body), np.int64)
+    starts = np.concatenate([np.zeros(1, np.int64), ends[1:]])
+    return ByteRecords(memoryview(body), starts, ends, content.parse_content_type(content_type)[0])
+
+
+def takes_table(stage: "StageSpec", input_format: str) -> bool:
+    """Whether input text must be parsed before this stage, if it comes first: it cannot be sent as it is read."""
+    media_type, _ = content.parse_content_type(stage.content_type or "")
+    if input_format == "csv":
+        return media_type not in ("", content.CSV)
+    return input_format == "jsonl" and media_type in (content.CSV, content.ARROW)

@@ -1,0 +1,157 @@
+"""A callable in a process of its own: answers as in the worker; deaths, hangs and memory cost the records at fault."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from batchpipe.batch import MiniBatch, Origins, Records
+from batchpipe.chain import Chain, new_stats, open_chain
+from batchpipe.errors import PoolError
+from batchpipe.invoke import FailureLimit, Outcome
+from batchpipe.redact import secrets_of
+from batchpipe.stages import StageContext
+from batchpipe.stages.watcher import open_watcher
+from tests.jobs import until
+from tests.opened_stage import make_job
+
+STAGES = """
+import ctypes, os, time
+from pathlib import Path
+import pandas as pd
+
+def dying(frame: pd.DataFrame):
+    if 3 in frame.n.values:
+        ctypes.string_at(0)
+    return frame.assign(n=2 * frame.n)
+
+def leaving(frame: pd.DataFrame):
+    if 3 in frame.n.values:
+        os._exit(7)
+    return frame
+
+def sleeping(frame: pd.DataFrame):
+    if 3 in frame.n.values:
+        Path(__file__).with_name("asleep").touch()
+        time.sleep(600)
+    return frame
+
+def spinning(frame: pd.DataFrame):
+    if 3 in frame.n.values:
+        ctypes.PyDLL(None).sleep(600)  # keeps the interpreter
+    return frame
+
+def eating(frame: pd.DataFrame):
+    if 3 in frame.n.values:
+        eaten = [bytearray(os.urandom(1 << 20)) for _ in range(8_000)]
+    return frame
+
+def failing(frame: pd.DataFrame):
+    if 3 in frame.n.values:
+        raise LookupError("no three")
+    return frame
+
+def small(frame: pd.DataFrame):
+    return frame.astype({"n": "int8"})
+
+def dtype(frame: pd.DataFrame):
+    return frame.assign(dtype=str(frame.n.dtype))
+
+def bodies(records: list[bytes]):
+    return [record.upper() for record in records]
+
+def even(frame: pd.DataFrame):
+    kept = frame.n % 2 == 0
+    return frame[kept], kept
+"""
+Open = Callable[..., Chain]
+
+
+@pytest.fixture
+def open_children(tmp_path: Path) -> Iterator[Open]:
+    """Open a chain of these callables of STAGES, each in a child process."""
+    (tmp_path / "child_stages.py").write_text(STAGES)
+    with contextlib.ExitStack() as stack:
+
+        def open_it(*names: str, **keys: Any) -> Chain:
+            stages = [{"callable": f"child_stages:{name}", "name": name, **keys} for name in names]
+            job = make_job(tmp_path, *stages)
+            watcher = stack.enter_context(open_watcher())
+            chain = stack.enter_context(
+                open_chain(job, StageContext("run", 0, tmp_path, tmp_path, secrets_of(job)), watcher)
+            )
+            return stack.enter_context(contextlib.closing(chain.with_children(job, watcher, tmp_path)))
+
+        yield open_it
+
+
+def send(chain: Chain, records: Records) -> Outcome:
+    batch = MiniBatch(records, Origins.of_range(0, 0, np.full(len(records), -1, np.int64)))
+    return next(outcome for _, outcome in chain.stream([batch], FailureLimit(None), new_stats()))
+
+
+def numbers(count: int = 8) -> pa.Table:
+    return pa.table({"n": pa.array(range(count), pa.int64())})
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "text", "function"),
+    [
+        ("dying", "Killed", "the process of the callable was killed by signal 11 (SIGSEGV)", "dying"),
+        ("leaving", "Killed", "the process of the callable exited with 7", ""),
+        ("sleeping", "Timeout", "no answer within 0.5 s (invocations_timeout_s)", "sleeping"),
+        ("spinning", "Timeout", "no answer within 0.5 s (invocations_timeout_s)", "spinning"),
+        ("failing", "LookupError", "no three", "failing"),
+    ],
+)
+def test_record_that_ends_or_stops_the_process_is_found_and_told(open_children: Open, name, reason, text, function):
+    outcome = send(open_children(name, invocations_timeout_s=0.5), numbers())
+
+    (failed,) = outcome.failed
+    assert (failed.place, failed.why.reason, failed.why.message) == (3, reason, text)
+    assert failed.why.location.endswith(f" in {function}" if function else "")
+    assert outcome.places.tolist() == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_record_that_takes_all_memory_is_found(open_children: Open, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("batchpipe.stages.child.memory_available", lambda: 1 << 30)
+
+    outcome = send(open_children("eating"), numbers())
+
+    assert [(failed.place, failed.why.reason) for failed in outcome.failed] == [(3, "MemoryError")]
+
+
+def test_G4_frames_pass_between_children_as_they_pass_in_the_worker(open_children: Open):
+    outcome = send(open_children("small", "dtype"), numbers(2))
+
+    assert isinstance(outcome.records, pa.Table)
+    assert outcome.records.column("dtype").to_pylist() == ["int8"] * 2
+
+
+def test_dropped_records_are_told(open_children: Open):
+    assert send(open_children("even", may_drop=True), numbers(5)).dropped.tolist() == [1, 3]
+
+
+def test_G5_closing_ends_a_call_that_never_returns(open_children: Open, tmp_path: Path):
+    chain = open_children("sleeping")
+    ended = list[BaseException]()
+
+    def wait() -> None:
+        try:
+            send(chain, numbers())
+        except PoolError as error:
+            ended.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    until((tmp_path / "asleep").exists)
+
+    chain.close()
+
+    waiting.join(10)
+    assert len(ended) == 1

@@ -1,0 +1,400 @@
+"""A redrive: what failed runs again through the job as it is now, and the output then holds both."""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import batchpipe
+from batchpipe.fingerprint import Fingerprint
+from batchpipe.jobfile import load_job
+from batchpipe.output import Output
+from batchpipe.published import read_manifest
+from batchpipe.runs import RunFolder
+from batchpipe.storage import open_store
+from tests.jobs import GATE, Jobs, csv_rows, open_jobs, until
+from tests.s3_server import S3Server
+
+STAGES = """
+import pandas as pd
+
+def mended():
+    return (HERE / "mended").read_text().split() if (HERE / "mended").exists() else []
+
+def picky(frame: pd.DataFrame):
+    for n in frame.n:
+        if n % 40 == 7 and "all" not in mended() and str(n) not in mended():
+            raise KeyError(f"no {n}")
+    return frame.assign(square=frame.n**2)
+
+def slow(frame: pd.DataFrame):
+    if frame.n.max() >= 300 and mended():
+        (HERE / "began").touch()
+        wait_for("go")
+    return picky(frame)
+
+def raw(records: list[bytes]):
+    assert mended() or not any(b"bad" in record for record in records), "bad"
+    return [record.upper() for record in records]
+
+def texts(frame: pd.DataFrame):
+    picky(frame)
+    return frame.assign(n=frame.n.astype("string") if mended() else frame.n)
+"""
+FAILING = [n for n in range(400) if n % 40 == 7]
+FEW = {"max_failed_records": 20}
+SPLITS: dict[str, Any] = {"split_mb": 0.0005}
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    with open_jobs(tmp_path) as jobs:
+        jobs.write("stages.py", GATE + STAGES)
+        yield jobs
+
+
+def failed_first(jobs: Jobs, stages: str = "stages:picky", **blocks: Any) -> Path:
+    """A job whose run has quarantined some records."""
+    if not (jobs.folder / "in").exists():
+        jobs.write("in/a.csv", csv_rows(400))
+    job = jobs.job(stages, **{"on_error": FEW, "batch": SPLITS, **blocks})
+    ran = jobs.run("run", job)
+    assert ran.code == 0, ran.err
+    assert ran.out.splitlines()[-1] == f"next: batchpipe redrive {job}"
+    return job
+
+
+def added(jobs: Jobs, before: dict[str, bytes]) -> dict[str, bytes]:
+    """What there is beside the parts of before, which are as they were."""
+    now = jobs.part_bytes()
+    assert {name: now.get(name) for name in before} == before
+    return {name: data for name, data in now.items() if name not in before}
+
+
+def failed(jobs: Jobs) -> list[int]:
+    """Which records are in quarantine: their numbers, which tell their lines."""
+    lines = jobs.quarantined()
+    assert all(line["line"] == line["record"] + 2 for line in lines)
+    return [line["record"] for line in lines]
+
+
+def squares(numbers: list[int]) -> bytes:
+    return b"".join(b'{"n":%d,"text":"row %d","square":%d}\n' % (n, n, n * n) for n in numbers)
+
+
+def test_G1_what_failed_runs_again_and_its_answers_are_parts_behind_the_others(jobs: Jobs):
+    job = failed_first(jobs)
+    first = jobs.part_bytes()
+    jobs.write("mended", "all")
+
+    redriven = jobs.run("redrive", job, "--json")
+
+    assert redriven.code == 0, redriven.err
+    assert added(jobs, first) == {"part-redrive-001-00000000.jsonl": squares(FAILING)}
+    assert list(jobs.part_bytes())[-1] == "part-redrive-001-00000000.jsonl"
+    manifest = redriven.manifest
+    assert manifest["accounts"] == {"read": 400, "written": 400, "quarantined": 0, "dropped": 0}
+    run, redrive = manifest["generations"]
+    assert run["accounts"] == {"read": 400, "written": 390, "quarantined": 10, "dropped": 0}
+    assert redrive["accounts"] == {"read": 10, "written": 10, "quarantined": 0, "dropped": 0}
+    assert manifest["run_id"] == redrive["run_id"] == f"{run['run_id']}-redrive-1"
+    assert [(row["read"], row["written"], row["quarantined"]) for row in jobs.table("inputs")] == [(400, 400, 0)]
+    assert [part["generation"] for part in jobs.table("parts")] == [0] * len(first) + [1]
+    assert jobs.run("verify", jobs.out).code == 0
+    assert jobs.is_released()
+
+
+def test_G3_a_redriven_run_is_done_and_has_nothing_to_redrive(jobs: Jobs):
+    job = failed_first(jobs)
+    jobs.write("mended", "all")
+    redriven = jobs.run("redrive", job)
+    assert "\n  redriven   10 records  10 written, 0 failed again, 0 dropped\n" in redriven.out
+    published = jobs.part_bytes()
+
+    run, again = jobs.run("run", job), jobs.run("redrive", job)
+
+    assert (run.code, again.code, jobs.part_bytes()) == (0, 0, published), run.err + again.err
+    run_id = json.loads((jobs.out / "_batchpipe/manifest.json").read_text())["run_id"]
+    assert ": done already at " in run.out
+    assert again.out == f"job {run_id}: no record is quarantined, nothing to redrive\n"
+
+
+def test_parts_of_the_tenth_redrive_come_last(jobs: Jobs):
+    job = load_job(failed_first(jobs))
+    store = open_store(str(jobs.out))
+    manifest = read_manifest(store, str(jobs.out), {})
+    assert manifest
+    prefixes = []
+    for count in (1, 2, 9, 10, 11, 100):
+        output = Output(job, Fingerprint({}), RunFolder(str(jobs.out), "run"), store)
+        output.redrives = manifest.model_copy(update={"generations": manifest.generations * count})
+        prefixes.append(output.part_prefix)
+
+    assert prefixes == sorted(prefixes)
+
+
+def test_what_fails_again_stays_in_quarantine_and_goes_into_the_next_redrive(jobs: Jobs):
+    job = failed_first(jobs)
+    first = jobs.part_bytes()
+    jobs.write("mended", "7 47 367")
+
+    one = jobs.run("redrive", job)
+
+    assert one.code == 0, one.err
+    left = [n for n in FAILING if n not in (7, 47, 367)]
+    assert failed(jobs) == left
+    assert one.out.splitlines()[-1] == f"next: batchpipe redrive {job}"
+    jobs.write("mended", "all")
+    two = jobs.run("redrive", job, "--json")
+    assert (two.code, two.manifest["accounts"]["written"], failed(jobs)) == (0, 400, []), two.err
+    expected = {
+        "part-redrive-001-00000000.jsonl": squares([7, 47, 367]),
+        "part-redrive-002-00000000.jsonl": squares(left),
+    }
+    assert added(jobs, first) == expected
+    assert [each["accounts"]["read"] for each in two.manifest["generations"]] == [400, 10, 7]
+    assert jobs.run("verify", jobs.out).code == 0
+
+
+def test_the_budget_is_that_of_the_whole_dataset(jobs: Jobs):
+    job = failed_first(jobs)
+    jobs.write("mended", "7")
+
+    refused = jobs.run("redrive", job, "--set", "on_error.max_failed_records=8")
+    allowed = jobs.run("redrive", job, "--set=on_error.max_failed_percent=2.25", "--set=on_error.max_failed_records=9")
+
+    assert refused.code == 5
+    assert "error: stage 'picky' failed for 9 records, 8 allowed: KeyError: 'no 47'" in refused.err
+    assert "line 49, byte 457; kept in out/_batchpipe/" in refused.err
+    assert f"batchpipe redrive {job} --set on_error.max_failed_records=9".replace(f"{jobs.folder}/", "") in refused.err
+    assert (allowed.code, failed(jobs)) == (0, FAILING[1:]), allowed.err
+
+
+@pytest.mark.parametrize("layout", ["parts", "mirror"])
+def test_G4_a_killed_redrive_resumes_to_the_same_bytes(jobs: Jobs, layout: str):
+    jobs.write("in/a.csv", csv_rows(100))
+    jobs.write("in/b.csv", csv_rows(300, 100))
+    output = {"layout": layout, "if_exists": "replace"}
+    job = failed_first(jobs, "stages:slow", batch={"max_records": 1}, output=output)
+    first = jobs.part_bytes()
+    jobs.write("mended", "all")
+    redrive = jobs.start("redrive", job)
+    until((jobs.folder / "began").exists, within_s=100)
+    redrive.kill()
+    redrive.communicate()
+    jobs.write("go", "")
+    assert added(jobs, first) == {}
+    assert "redrive-1" in jobs.run("ps", jobs.out).out
+
+    resumed = jobs.run("redrive", job, "--wait", "30", timeout=100)
+
+    assert resumed.code == 0, resumed.err
+    (run_id,) = {path.name.removesuffix("-redrive-1") for path in jobs.hidden("*-redrive-1")}
+    names = {
+        "parts": {f"part-{run_id}-redrive-001-00000000.jsonl": squares(FAILING)},
+        "mirror": {"a.csv.redrive-1.out": squares([7, 47, 87]), "b.csv.redrive-1.out": squares(FAILING[3:])},
+    }
+    assert added(jobs, first) == names[layout]
+    assert jobs.run("verify", jobs.out).code == 0
+    assert not jobs.hidden("*/journal") + jobs.hidden("*/pending")
+
+
+def test_G2_a_redrive_that_had_begun_to_publish_is_finished_by_the_same_command(jobs: Jobs):
+    job = failed_first(jobs)
+    first = jobs.part_bytes()
+    jobs.write("mended", "7")
+    run_id = json.loads((jobs.out / "_batchpipe/manifest.json").read_text())["run_id"]
+    # Somebody's object in the way, put there when the redrive has looked and found none.
+    in_the_way = '    (HERE / "out/part-redrive-001-00000000.jsonl").write_text("not ours")\n'
+    head = "def picky(frame: pd.DataFrame):\n"
+    jobs.write("stages.py", GATE + STAGES.replace(head, head + in_the_way))
+    blocked = jobs.run("redrive", job)
+    assert blocked.code == 7
+    assert "error: cannot publish 'part-redrive-001-00000000.jsonl'" in blocked.err
+    (jobs.out / "part-redrive-001-00000000.jsonl").unlink()
+
+    finished = jobs.run("redrive", job, "--json")
+
+    assert (finished.code, finished.manifest["run_id"]) == (0, f"{run_id}-redrive-1"), finished.err
+    assert added(jobs, first) == {"part-redrive-001-00000000.jsonl": squares([7])}
+    assert failed(jobs) == FAILING[1:]
+
+
+JSON_LINES = "".join(json.dumps({"n": n, "text": f"row {n}"}) + "\n" for n in range(400)).encode()
+FRAME = pa.table({"n": range(400), "text": [f"row {n}" for n in range(400)]})
+TEXT = b"".join(b"bad %d\n" % n if n % 9 == 4 else b"good %d\n" % n for n in range(30))
+BAD = b"".join(b"BAD %d\n" % n for n in range(4, 30, 9))
+
+
+def parquet_of(table: pa.Table, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **options)
+    return sink.getvalue()
+
+
+CASES: dict[str, tuple[dict[str, bytes], str, dict[str, Any], dict[str, bytes]]] = {
+    "jsonl": (
+        {"in/a.jsonl": JSON_LINES},
+        "stages:picky",
+        {"input": {"format": "jsonl"}},
+        {"part-redrive-001-00000000.jsonl": squares(FAILING)},
+    ),
+    "parquet": (
+        {"in/a.parquet": parquet_of(FRAME, row_group_size=30), "in/b.parquet": parquet_of(FRAME.slice(0, 8))},
+        "stages:picky",
+        {"input": {"format": "parquet"}},
+        {"part-redrive-001-00000000.jsonl": squares([*FAILING, 7])},
+    ),
+    "lines": (
+        {"in/a.txt.gz": gzip.compress(TEXT)},
+        "stages:raw",
+        {"input": {"format": "lines"}, "output": {"format": "raw"}, "on_error": {**FEW, "placeholder": "ERROR"}},
+        {"part-redrive-001-00000000.out": BAD},
+    ),
+    "object": (
+        {f"in/{name}.bin": name.encode() for name in ("bad1", "bad2", "good1", "good2")},
+        "stages:raw",
+        {"input": {"format": "object"}, "output": {"format": "raw", "layout": "mirror", "assemble_with": "none"}},
+        {"bad1.bin.redrive-1.out": b"BAD1", "bad2.bin.redrive-1.out": b"BAD2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_records_of_every_format_are_redriven_as_they_were_read(jobs: Jobs, case: str):
+    files, stages, blocks, expected = CASES[case]
+    for name, data in files.items():
+        jobs.write(name, data)
+    job = failed_first(jobs, stages, **blocks)
+    first = jobs.part_bytes()
+    jobs.write("mended", "all")
+
+    redriven = jobs.run("redrive", job, "--json")
+
+    assert redriven.code == 0, redriven.err
+    assert added(jobs, first) == expected
+    assert redriven.manifest["accounts"]["quarantined"] == 0
+    assert jobs.run("verify", jobs.out).code == 0
+
+
+def test_the_parts_of_both_are_one_dataset_that_tells_where_each_record_came_from(jobs: Jobs):
+    job = failed_first(jobs, output={"format": "parquet", "add_source": True})
+    jobs.write("mended", "all")
+
+    redriven = jobs.run("redrive", job)
+
+    assert redriven.code == 0, redriven.err
+    loaded = batchpipe.load_job(job)
+    table = batchpipe.run_job(loaded).dataset().to_table()
+    assert (
+        table["_record"].to_pylist() == table["n"].to_pylist() == [n for n in range(400) if n not in FAILING] + FAILING
+    )
+
+
+def test_an_answer_that_does_not_fit_the_columns_of_the_run_is_told(jobs: Jobs):
+    job = failed_first(jobs, "stages:texts")
+    jobs.write("mended", "all")
+
+    refused = jobs.run("redrive", job)
+
+    assert refused.code == 5
+    assert "in column 'n' does not fit its type int64" in refused.err
+    assert "where: in/a.csv, record 8, byte 63\n" in refused.err
+    assert "next:  answer as the run that is redriven did, whose columns stay" in refused.err
+
+
+def test_rows_that_could_not_be_parsed_are_redriven_by_a_stage_that_takes_them_as_they_are(jobs: Jobs):
+    jobs.write("in/a.csv", "n,text\n1,good\n2,has,more\n3,good\n")
+    blocks: dict[str, Any] = {"output": {"format": "raw"}, "on_error": {**FEW, "placeholder": "ERROR"}}
+    jobs.write("stages.py", STAGES + "def lines(frame: pd.DataFrame):\n    return [b'%d' % n for n in frame.n]\n")
+    job = failed_first(jobs, "stages:lines", **blocks)
+    jobs.job("stages:raw", batch=SPLITS, **blocks)
+    first = jobs.part_bytes()
+    jobs.write("stages.py", GATE + STAGES)
+
+    redriven = jobs.run("redrive", job)
+
+    assert redriven.code == 0, redriven.err
+    assert first == {"part-00000000.out": b"1\nERROR\n3\n"}
+    assert added(jobs, first) == {"part-redrive-001-00000000.out": b"2,HAS,MORE\n"}
+    assert jobs.run("verify", jobs.out).code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (lambda jobs: jobs.write("in/a.csv", csv_rows(401)), 3, "records are quarantined, has changed since run"),
+        (lambda jobs: (jobs.folder / "in/a.csv").rename(jobs.folder / "in/b.csv"), 3, "are quarantined, is gone since"),
+        (lambda jobs: jobs.job("stages:picky", output={"compression": "gzip"}), 2, "changed: output.compression was"),
+        (lambda jobs: next(iter(jobs.hidden("*/quarantine/*"))).unlink(), 7, "its manifest says 10"),
+        (lambda jobs: jobs.job("stages:picky", output={"uri": "other"}), 7, "there is no finished run whose records"),
+    ],
+    ids=["changed", "gone", "settings", "quarantine", "unfinished"],
+)  # fmt: skip
+def test_what_cannot_be_redriven_is_told_and_nothing_is_changed(jobs: Jobs, change: Any, code: int, said: str):
+    job = failed_first(jobs)
+    published = jobs.part_bytes()
+    change(jobs)
+
+    refused = jobs.run("redrive", job)
+
+    assert (refused.code, jobs.part_bytes()) == (code, published), refused.err
+    assert said in refused.err
+    assert "  next:  " in refused.err
+
+
+def test_an_output_named_after_its_run_is_redriven_by_the_runs_id(jobs: Jobs):
+    job = failed_first(jobs, output={"uri": "out/${run_id}"}, name="job.yaml")
+    (folder,) = jobs.out.iterdir()
+    jobs.write("mended", "all")
+
+    unnamed, named = jobs.run("redrive", job), jobs.run("redrive", job, "--run-id", folder.name)
+
+    assert unnamed.code == 2
+    assert "name the run that is to be redriven: --run-id" in unnamed.err
+    assert named.code == 0, named.err
+    assert (folder / "part-redrive-001-00000000.jsonl").read_bytes() == squares(FAILING)
+
+
+def test_another_run_takes_the_place_of_a_run_and_its_redrive(jobs: Jobs):
+    job = failed_first(jobs, output={"if_exists": "replace"})
+    jobs.write("mended", "all")
+    assert jobs.run("redrive", job).code == 0
+
+    other = jobs.run("run", job, "--run-id", "other")
+
+    assert other.code == 0, other.err
+    assert {name.rpartition("-")[0] for name in jobs.part_bytes()} == {"part-other"}
+    assert [path.name for path in jobs.hidden("*")] == ["manifest.json", "other"]
+
+
+def test_a_redrive_on_s3_keeps_the_placeholders_of_the_run(jobs: Jobs, s3_server: S3Server, bucket: str):
+    s3_server.client.put_object(Bucket=bucket, Key="in/a.txt", Body=TEXT)
+    blocks: dict[str, Any] = {
+        "input": {"uri": f"s3://{bucket}/in", "format": "lines"},
+        "output": {"uri": f"s3://{bucket}/out", "format": "raw", "layout": "mirror"},
+        "on_error": {**FEW, "placeholder": "ERROR"},
+        "batch": {"split_mb": 0.0001},
+        "storage_options": {"s3": s3_server.storage_options},
+    }
+    job = jobs.job("stages:raw", **blocks)
+    assert jobs.run("run", job).code == 0
+    jobs.write("mended", "all")
+
+    redriven = jobs.run("redrive", job, "--json")
+
+    assert redriven.code == 0, redriven.err
+    read = {
+        key: s3_server.client.get_object(Bucket=bucket, Key=f"out/{key}")["Body"].read()
+        for key in ("a.txt.out", "a.txt.redrive-1.out")
+    }
+    assert read["a.txt.out"].splitlines().count(b"ERROR") == 3
+    assert read["a.txt.redrive-1.out"] == BAD
+    assert not s3_server.client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+    assert jobs.run("verify", job).code == 0
