@@ -7,7 +7,7 @@ JOB ?= jobs/flight_delays.yaml
 TESTERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint fmt bench clean
+.PHONY: help install run test chaos lint fmt bench clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
@@ -19,6 +19,9 @@ run: $(VENV)/.installed-examples ## run the flight delays job (JOB=another.yaml,
 
 test: $(VENV)/.installed-test ## run all tests, TESTERS at a time (ARGS="-k name")
 	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup $(ARGS)
+
+chaos: $(VENV)/.installed-test ## inject 200 faults and more into runs, print what survived (ARGS="--seed 2 --only KIND")
+	@$(BIN)/python -m tests.chaos $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style, format, types and the direction of imports
 	@$(BIN)/ruff check
