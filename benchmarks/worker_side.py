@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 from batchpipe.chain import Chain
 from batchpipe.jobfile import load_job
@@ -15,8 +16,6 @@ from batchpipe.processes import SPLITS_AT_A_TIME
 from batchpipe.split import Split
 from batchpipe.transform import probe, run_split
 from batchpipe.worker_chain import close_worker_chain, open_worker_chain
-
-RUN = "benchmark"
 
 
 @dataclass
@@ -35,15 +34,16 @@ def open_here(job_path: Path, output: Path) -> Iterator[Opened]:
     job = load_job(job_path, set={"output.uri": str(output)})
     output.mkdir(parents=True)
     splits = list(make_plan(list_inputs(job.input, output), job))
-    orders = Orders(Place(job, RUN, "part-", "1"), Schemas(), 0)
+    run = uuid4().hex[:8]
+    orders = Orders(Place(job, run, "part-", "1"), Schemas())
     started = time.perf_counter()
     try:
-        chain = open_worker_chain(job, RUN)
-        schemas = probe(tuple(splits[:1]), orders)
+        chain = open_worker_chain(job, run)
+        schemas = probe(tuple(splits[:1]), orders, False)
         assert isinstance(schemas, Schemas)
         yield Opened(chain, splits, replace(orders, schemas=schemas), time.perf_counter() - started)
     finally:
-        close_worker_chain(RUN)
+        close_worker_chain(run)
 
 
 def transform_here(job_path: Path, output: Path) -> float:
