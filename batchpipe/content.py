@@ -114,6 +114,11 @@ def decode_one(body: bytes, content_type: str, *, answer_key: str = "") -> Recor
     return ByteRecords.of([body], media_type or "application/octet-stream")
 
 
+def is_sent_as_it_lies(records: Records, content_type: str) -> bool:
+    """Whether encoding these only finds them in their buffer: no byte is converted, and seldom one copied."""
+    return isinstance(records, ByteRecords) and (len(records) == 1 or parse_content_type(content_type)[0] != JSON)
+
+
 def can_be_sent(records: Records, content_type: str) -> bool:
     """Whether records of this kind can be sent as this type at all; a single one may hold what cannot (an infinity)."""
     media_type, _ = parse_content_type(content_type)

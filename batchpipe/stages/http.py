@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
 
 THREAD_BYTES = 1 << 18
-"""Bodies from this size on are encoded and decoded on a thread, so that the other requests go on."""
+"""Bodies from this size on are converted and cut on a thread, so that the other requests go on."""
 EXIT_WAIT_S = 0.5
 """How long after a broken connection the end of its server may take to be seen."""
 _ERROR_CHARACTERS = 500
@@ -162,7 +162,7 @@ class HttpStage:
         return await self._decode(answer, content_type, len(records))
 
     async def _encode(self, records: Records, content_type: str) -> Body:
-        size = int(records.nbytes) if len(records) > 1 else 0  # one record is sent as it lies
+        size = 0 if content.is_sent_as_it_lies(records, content_type) else int(records.nbytes)
         try:
             body = await _on_thread(partial(self.exchange.encode, records, content_type), size)
         except ContentError as exc:
