@@ -14,13 +14,13 @@ from batchpipe.errors import InputError
 from batchpipe.formats import FORMATS
 from batchpipe.job import InputSpec, Job
 from batchpipe.redact import clean_uri
-from batchpipe.split import WHOLE, InputObject, Range, Split
+from batchpipe.split import SPLITS_AT_A_TIME, WHOLE, InputObject, Range, Split
 from batchpipe.storage import Found, open_store, relative, resolve
 from batchpipe.storage.address import Pattern, has_wildcard
 
 SPLITS_WANTED = 128
 SPLITS_NEEDED = 32
-"""The fewest that are left where a split is made larger to fill a mini-batch."""
+"""The fewest that are left where splits are made larger, so that they fill the requests in flight."""
 SMALLEST_SPLIT = 256 * 1024
 LARGEST_SPLIT = 64 * 1024 * 1024
 MAX_OBJECTS_PER_SPLIT = 1_000
@@ -93,10 +93,15 @@ def make_plan(inputs: Inputs, job: Job) -> Plan:
 
 
 def _default_split_bytes(total: int, job: Job) -> int:
-    """So many splits that workers are kept busy to the end; fewer where each would not fill one mini-batch."""
+    """So many splits that workers are kept busy to the end; fewer where each would not fill its mini-batches.
+
+    Those are its share of the requests that the job wants in flight, as far as it states them: what a container
+    advises is not known yet, nor may another machine's cores change the plan.
+    """
     payload = min(stage.max_payload_bytes(job.batch) for stage in job.stages)
-    filled = min(payload, total // SPLITS_NEEDED)
-    return min(max(total // SPLITS_WANTED, filled, SMALLEST_SPLIT), LARGEST_SPLIT)
+    in_flight = max((stage.concurrent_transforms(job.batch, 1) for stage in job.stages if stage.is_http), default=1)
+    filled = payload * -(-in_flight // SPLITS_AT_A_TIME)
+    return min(max(total // SPLITS_WANTED, min(filled, total // SPLITS_NEEDED), SMALLEST_SPLIT), LARGEST_SPLIT)
 
 
 def iter_splits(inputs: Inputs, job: Job, split_bytes: int) -> Iterator[Split]:

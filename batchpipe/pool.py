@@ -21,7 +21,8 @@ from batchpipe import __version__
 from batchpipe.cluster import CONNECT_TIMEOUT_S, Lease, open_client
 from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.job import ComputeSpec
-from batchpipe.processes import SPLITS_AT_A_TIME, WorkerProcesses
+from batchpipe.processes import WorkerProcesses
+from batchpipe.split import SPLITS_AT_A_TIME
 from batchpipe.stages import watchdog
 from batchpipe.stages.logs import users_calls
 

@@ -28,8 +28,6 @@ SWEEP_PREFIX = "batchpipe-sweep-"
 OWNER_FILE = "owner.json"
 """Says in a scratch folder whose it is, for `clean` after a power cut."""
 POLL_S = 0.1
-SPLITS_AT_A_TIME = 2
-"""Splits a worker runs side by side: reading and writing of one overlap with computing of the other."""
 QUIET_DASK = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from array import array
 
+SPLITS_AT_A_TIME = 2
+"""Splits a worker runs side by side: reading and writing of one overlap with computing of the other."""
+
 
 @dataclass(frozen=True, slots=True)
 class InputObject:

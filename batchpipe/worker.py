@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchpipe.processes import QUIET_DASK, SPLITS_AT_A_TIME
+from batchpipe.processes import QUIET_DASK
+from batchpipe.split import SPLITS_AT_A_TIME
 
 if TYPE_CHECKING:
     from batchpipe.job import Job

@@ -12,8 +12,7 @@ from batchpipe.chain import Chain
 from batchpipe.jobfile import load_job
 from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.plan import list_inputs, make_plan
-from batchpipe.processes import SPLITS_AT_A_TIME
-from batchpipe.split import Split
+from batchpipe.split import SPLITS_AT_A_TIME, Split
 from batchpipe.transform import probe, run_split
 from batchpipe.worker_chain import close_worker_chain, open_worker_chain
 

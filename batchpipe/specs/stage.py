@@ -143,8 +143,8 @@ class BatchSpec(Spec):
     )
     split_mb: Positive | None = Field(
         default=None,
-        description="MB of one split; by default 1/128 of the input, held between 0.25 and 64, or one mini-batch where "
-        "that leaves 32 splits.",
+        description="MB of one split; by default 1/128 of the input, held between 0.25 and 64, or what fills its "
+        "mini-batches (max_payload_mb x max_concurrent_transforms / 2) where that leaves 32 splits.",
     )
 
     @property
