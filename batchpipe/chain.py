@@ -7,11 +7,12 @@ has more invocations in flight than it allows.
 import asyncio
 import threading
 from collections import defaultdict, deque
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from copy import copy
-from itertools import pairwise
+from heapq import heappop, heappush
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +41,48 @@ class StageRefused(Exception):
         self.why = why
 
 
+class Slots:
+    """The invocations that one stage may have in flight. Who waits is let in by the age of its split, then in order.
+
+    Splits that took turns would end together, and leave the stage idle while all of them finish and begin.
+    """
+
+    def __init__(self, concurrency: int) -> None:
+        self._free = concurrency
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._arrivals = count()
+
+    @asynccontextmanager
+    async def one(self, age: int) -> AsyncIterator[None]:
+        """Hold one of them; the lower the age, the sooner it is given."""
+        if self._free:
+            self._free -= 1
+        else:
+            await self._turn(age)
+        try:
+            yield
+        finally:
+            self._give_back()
+
+    async def _turn(self, age: int) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        heappush(self._waiting, (age, next(self._arrivals), turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it was given just before
+                self._give_back()
+            raise
+
+    def _give_back(self) -> None:
+        while self._waiting:
+            *_, turn = heappop(self._waiting)
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
 class Chain:
     """The open stages of one worker and the event loop they run on. A context manager; closing it closes them."""
 
@@ -49,7 +92,8 @@ class Chain:
         self.stages = tuple(stages)
         self._invokers = [Invoker(stage, retries) for stage, retries in zip(stages, max_retries, strict=True)]
         self._loop = loop
-        self._free = [asyncio.Semaphore(stage.concurrency) for stage in stages]
+        self._slots = [Slots(stage.concurrency) for stage in stages]
+        self._ages = count()
 
     def with_children(self, job: Job, watcher: Watcher, scratch: Path) -> "Chain":
         """The same chain with each callable in a process of its own, for splits that lost their worker.
@@ -57,13 +101,13 @@ class Chain:
         Servers, and how many requests each may have in flight, are shared with this one.
         """
         isolated = copy(self)
-        isolated._invokers, isolated._free = list(self._invokers), list(self._free)
+        isolated._invokers, isolated._slots = list(self._invokers), list(self._slots)
         stages = list(self.stages)
         for place, (stage, spec) in enumerate(zip(self.stages, job.stages, strict=True)):
             if isinstance(stage, CallableStage):
                 stages[place] = child = ChildStage(spec, job, stage, watcher, scratch)
                 isolated._invokers[place] = Invoker(child, spec.invocations_max_retries)
-                isolated._free[place] = asyncio.Semaphore(child.concurrency)
+                isolated._slots[place] = Slots(child.concurrency)
         isolated.stages = tuple(stages)
         return isolated
 
@@ -94,9 +138,10 @@ class Chain:
         Ends early, without the rest, once `limit` is spent. Raises StageRefused.
         """
         in_flight: deque[tuple[MiniBatch, Future[Outcome]]] = deque()
+        age = next(self._ages)
         try:
             for batch in batches:
-                in_flight.append((batch, self._start(self._transform(batch, limit, stats))))
+                in_flight.append((batch, self._start(self._transform(batch, age, limit, stats))))
                 if len(in_flight) >= self.depth:
                     yield _result(*in_flight.popleft())
                 if limit.is_spent:
@@ -120,13 +165,15 @@ class Chain:
             return asyncio.run_coroutine_threadsafe(through(), self._loop).result()
         return None
 
-    async def _transform(self, batch: MiniBatch, limit: FailureLimit, stats: dict[str, StageStats]) -> Outcome:
+    async def _transform(
+        self, batch: MiniBatch, age: int, limit: FailureLimit, stats: dict[str, StageStats]
+    ) -> Outcome:
         """One mini-batch through the whole chain; places stay those of the mini-batch as it was sent."""
         outcome = Outcome(batch.records, np.arange(len(batch), dtype=np.int64))
-        for invoker, free in zip(self._invokers, self._free, strict=True):
+        for invoker, slots in zip(self._invokers, self._slots, strict=True):
             if outcome.records is None or not len(outcome.places):
                 break
-            async with free:
+            async with slots.one(age):
                 answer = await invoker.invoke(outcome.records, limit, stats)
             outcome = _compose(outcome, answer)
         return outcome

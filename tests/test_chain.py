@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchpipe.batch import MiniBatch, Origins, Records
-from batchpipe.chain import Chain, StageRefused, _run, new_stats
+from batchpipe.chain import Chain, Slots, StageRefused, _run, new_stats
 from batchpipe.errors import PoolError
 from batchpipe.invoke import FailureLimit
 from batchpipe.orders import Orders, Place, Schemas
@@ -81,6 +81,65 @@ def test_no_more_mini_batches_are_taken_than_the_depth_and_none_more_are_inside_
         for settled, _ in enumerate(chain.stream(counted(), FailureLimit(None), new_stats())):
             assert taken <= settled + depth
     assert 1 <= stage.most_inside <= concurrency
+
+
+def test_what_waits_for_a_stage_is_let_in_by_the_age_of_its_split():
+    entered: list[str] = []
+
+    async def use(slots: Slots, name: str, age: int) -> None:
+        async with slots.one(age):
+            entered.append(name)
+
+    async def main() -> None:
+        slots = Slots(1)
+        async with slots.one(0):
+            waiting = [
+                asyncio.ensure_future(use(slots, name, age))
+                for name, age in [("second's", 1), ("its next", 1), ("first's", 0), ("first's next", 0)]
+            ]
+            await asyncio.sleep(0)
+        await asyncio.gather(*waiting)
+
+    asyncio.run(main())
+
+    assert entered == ["first's", "first's next", "second's", "its next"]
+
+
+@given(
+    st.integers(1, 3),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4), st.none() | st.integers(0, 6)), max_size=12),
+)
+def test_a_slot_is_never_lost_nor_given_twice_whoever_is_cancelled(concurrency, users):
+    """Each user has the age of its split, the turns of the loop that it stays, and the one in which it is cancelled."""
+    inside = most_inside = 0
+
+    async def use(slots: Slots, age: int, stays: int) -> None:
+        nonlocal inside, most_inside
+        async with slots.one(age):
+            inside += 1
+            most_inside = max(most_inside, inside)
+            try:
+                for _ in range(stays):
+                    await asyncio.sleep(0)
+            finally:
+                inside -= 1
+
+    async def main() -> None:
+        slots = Slots(concurrency)
+        tasks = [asyncio.ensure_future(use(slots, age, stays)) for age, stays, _ in users]
+        for turn in range(100):
+            for task, (_, _, cancelled) in zip(tasks, users, strict=True):
+                if cancelled == turn:
+                    task.cancel()
+            await asyncio.sleep(0)
+        assert all(task.cancelled() or task.result() is None for task in tasks)
+        assert most_inside <= concurrency
+        last = [asyncio.ensure_future(use(slots, 0, 2)) for _ in range(concurrency)]
+        await asyncio.sleep(0)
+        assert inside == concurrency
+        await asyncio.gather(*last)
+
+    asyncio.run(main())
 
 
 def test_a_spent_limit_takes_no_further_mini_batches():
