@@ -127,8 +127,12 @@ class Chain:
 
     @property
     def depth(self) -> int:
-        """Mini-batches one split keeps in flight: enough to keep every HTTP stage full, two for callables alone."""
-        return max(2, 1 + sum(stage.concurrency for stage in self.stages if stage.concurrency > 1))
+        """Mini-batches one split keeps in flight: enough to keep every HTTP stage full, two for callables alone.
+
+        A quarter more than may be in flight, as answers that come early wait for the ones before them.
+        """
+        side_by_side = [stage.concurrency for stage in self.stages if stage.concurrency > 1]
+        return max(2, 1 + sum(side_by_side) + sum(side_by_side) // 4)
 
     def stream(
         self, batches: Iterable[MiniBatch], limit: FailureLimit, stats: dict[str, StageStats]

@@ -66,7 +66,7 @@ def test_G1_two_stages_account_for_every_record_in_order(sizes, bad, drops):
         assert {first + failed.place for failed in outcome.failed} <= bad
 
 
-@pytest.mark.parametrize(("concurrency", "depth"), [(1, 2), (4, 5)])
+@pytest.mark.parametrize(("concurrency", "depth"), [(1, 2), (3, 4), (4, 6)])
 def test_no_more_mini_batches_are_taken_than_the_depth_and_none_more_are_inside_than_allowed(concurrency, depth):
     stage, taken = Doubling(concurrency=concurrency), 0
 
