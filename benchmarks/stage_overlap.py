@@ -13,23 +13,28 @@ RUNS = 3
 DELAY_S = 0.05
 IN_FLIGHT = 64
 REQUESTS = 3_200
+ALONE = 40
+"""Requests one after the other: what one really takes, the server's timer and the way there included."""
 LINE = b"7,0.5\n"
 
 
 def main() -> None:
     """Print the ideal time over the measured one, for single records and for mini-batches of ten."""
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    print("  request      splits    ideal s   worker s   overlap   (medians; aim: at least 0.95)")
     with open_server(DELAY_S) as url:
+        alone_s = asyncio.run(bare_client(url, LINE, ALONE, 1)) / ALONE
+        print(f"  {IN_FLIGHT} in flight; a request alone takes {alone_s * 1e3:.1f} ms")
+        print(f"  request     splits   took s  of {DELAY_S * 1e3:.0f} ms  of alone   (medians; aim: at least 0.95)")
         bare = [asyncio.run(bare_client(url, LINE, REQUESTS, IN_FLIGHT)) for _ in range(RUNS)]
-        _row("bare client", 1, statistics.median(bare))
+        _row("bare client", 1, statistics.median(bare), alone_s)
         for records in (1, 10):
-            size = len(LINE) * records * REQUESTS
             for splits in (1, 20):
-                _measure(url, records, splits, size)
+                name = f"{records} record{'s' if records > 1 else ''}"
+                _row(name, splits, _measure(url, records, splits), alone_s)
 
 
-def _measure(url: str, records: int, splits: int, size: int) -> None:
+def _measure(url: str, records: int, splits: int) -> float:
+    size = len(LINE) * records * REQUESTS
     path = SCRATCH / "stage_overlap.csv"
     path.write_bytes(LINE * (size // len(LINE)))
     job = write_job(
@@ -47,9 +52,9 @@ def _measure(url: str, records: int, splits: int, size: int) -> None:
     for _ in range(RUNS):
         with emptied("stage_output") as output:
             seconds.append(transform_here(job, output))
-    _row(f"{records} record{'s' if records > 1 else ''}", splits, statistics.median(seconds))
+    return statistics.median(seconds)
 
 
-def _row(name: str, splits: int, took: float) -> None:
-    ideal = REQUESTS * DELAY_S / IN_FLIGHT
-    print(f"  {name:11} {splits:7} {ideal:10.2f} {took:10.2f} {ideal / took:9.3f}", flush=True)
+def _row(name: str, splits: int, took: float, alone_s: float) -> None:
+    stated, real = (REQUESTS * each / IN_FLIGHT / took for each in (DELAY_S, alone_s))
+    print(f"  {name:11} {splits:6} {took:8.2f} {stated:9.3f} {real:9.3f}", flush=True)
