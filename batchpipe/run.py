@@ -2,22 +2,17 @@
 
 import contextlib
 import importlib.metadata
-import json
-import os
 import platform
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from batchpipe.errors import BatchpipeError, PoolError
+from batchpipe.errors import BatchpipeError
 from batchpipe.failures import Budget, first_failed, too_many_failed
 from batchpipe.job import Job
 from batchpipe.manifest import (
@@ -36,40 +31,19 @@ from batchpipe.numbering import line_of, number_failures
 from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.output import Output
 from batchpipe.plan import Inputs, Plan
-from batchpipe.processes import SWEEP_PREFIX, Host, available_cores
+from batchpipe.processes import Host
 from batchpipe.redact import clean_uri
 from batchpipe.redrive import Redriven, RedrivePlan
 from batchpipe.schedule import OnProgress, Progress, Schedule, Tally
-from batchpipe.source import read_gauge
 from batchpipe.split import isolated
-from batchpipe.stages.watcher import Watcher, WatcherLostError
 from batchpipe.stopwatch import Stopwatch
-from batchpipe.storage import owner
 from batchpipe.transform import open_stages, probe, prove_nothing, run_splits
-from batchpipe.worker_chain import close_worker_chain, renew_lease
+from batchpipe.workers import open_workers
 
 if TYPE_CHECKING:
     from batchpipe.pool import Pool
 
 PROBED_AT_ONCE = 32
-
-
-@contextlib.contextmanager
-def sweeping_if_killed(output: Output, watcher: Watcher) -> Iterator[None]:
-    """Have the watcher discard what nobody journaled, if this process is killed before it can do so itself."""
-    descriptor, name = tempfile.mkstemp(prefix=SWEEP_PREFIX)  # readable by this user only
-    with os.fdopen(descriptor, "w") as file:
-        options = output.job.output.storage_options
-        me = owner.this_process({"run": output.folder.run_id})
-        order = {"root": output.folder.root, "options": options, "run_id": output.folder.run_id, "owner": me}
-        json.dump(order, file)
-    watcher.at_end([sys.executable, "-P", "-m", "batchpipe.sweep", name])
-    try:
-        yield
-    finally:
-        with contextlib.suppress(WatcherLostError):  # it is gone, and what matters is how the run ended
-            watcher.at_end(None)
-        Path(name).unlink(missing_ok=True)
 
 
 class Run:
@@ -300,36 +274,6 @@ class Run:
             versions=versions(),
             failures=tuple(asdict(failure) for failure in tally.failures),
         )
-
-
-@contextlib.contextmanager
-def open_workers(job: Job, run_id: str, splits: int, host: Host) -> Iterator["Pool"]:
-    """Open the pool of a job. Local workers open their chains while this process imports Dask."""
-    if host.workers is not None:
-        host.workers.open_chain(job, run_id)
-        host.workers.start(worker_count(job, splits))
-    from batchpipe.cluster import Lease  # Dask is the slowest import of all
-    from batchpipe.pool import open_pool
-
-    lease = Lease(renew_lease, close_worker_chain, (run_id,), any(stage.is_http for stage in job.stages))
-    with open_pool(job.compute, host.workers, lease, read_gauge, host.scratch) as pool:
-        try:
-            yield pool
-        except PoolError:
-            if host.workers is not None:
-                host.workers.check_watcher()  # its workers took their driver for gone, and may have said so first
-            raise
-
-
-def worker_count(job: Job, splits: int) -> int:
-    """Local workers: as stated, else one for each core but not more than splits; one where every stage is HTTP."""
-    stated = job.compute.workers
-    if isinstance(stated, int):
-        return stated
-    most = available_cores() if isinstance(stated, str) else stated.maximum
-    if isinstance(stated, str) and all(stage.is_http for stage in job.stages):
-        return 1
-    return max(1, min(most, splits))
 
 
 def versions() -> dict[str, str]:

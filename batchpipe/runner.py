@@ -32,7 +32,8 @@ def run_job(
         from batchpipe.claim import open_output
         from batchpipe.fingerprint import make_fingerprint
         from batchpipe.plan import list_inputs, make_plan
-        from batchpipe.run import Run, sweeping_if_killed
+        from batchpipe.run import Run
+        from batchpipe.sweep import sweeping_if_killed
 
         inputs = list_inputs(job.input, host.scratch)
         fingerprint = make_fingerprint(job, inputs)
@@ -41,7 +42,7 @@ def run_job(
         with open_output(job, run_id, fingerprint, host.scratch, restart=restart, wait_s=wait_s) as output:
             if output.manifest:
                 return output.manifest
-            with sweeping_if_killed(output, host.watcher):
+            with sweeping_if_killed(output.folder, job.output.storage_options, host.watcher):
                 return Run(job, run_id, make_plan(inputs, job), output, on_progress).finish(host)
 
 
@@ -66,7 +67,8 @@ def redrive_job(
         from batchpipe.fingerprint import make_fingerprint
         from batchpipe.plan import list_inputs
         from batchpipe.redrive import find_finished, open_redriven, plan_redrive
-        from batchpipe.run import Run, sweeping_if_killed
+        from batchpipe.run import Run
+        from batchpipe.sweep import sweeping_if_killed
 
         finished, is_done = find_finished(job, run_id, wait_s)
         if is_done:
@@ -80,5 +82,5 @@ def redrive_job(
         ) as output:
             if output.manifest:
                 return output.manifest
-            with sweeping_if_killed(output, host.watcher):
+            with sweeping_if_killed(output.folder, job.output.storage_options, host.watcher):
                 return Run(job, redriven.run_id, plan, output, on_progress, redriven).finish(host)

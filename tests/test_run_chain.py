@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from batchpipe.run import worker_count
+from batchpipe.workers import worker_count
 from tests import images
 from tests.jobs import Jobs, csv_rows, open_jobs, running, until
 from tests.opened_stage import SERVER, make_job
@@ -219,7 +219,7 @@ def test_a_record_over_the_limit_is_that_records_failure(jobs: Jobs):
 def test_chains_of_servers_alone_have_one_worker_unless_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: str, workers: object, count: int
 ):
-    monkeypatch.setattr("batchpipe.run.available_cores", lambda: 2)
+    monkeypatch.setattr("batchpipe.workers.available_cores", lambda: 2)
     stages = {"p": process(""), "c": {"callable": "stages:named"}}
     named = [{**stages[kind], "name": f"s{place}"} for place, kind in enumerate(kinds)]
 
