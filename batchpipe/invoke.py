@@ -9,11 +9,12 @@ from operator import itemgetter
 from typing import TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
 from batchpipe.batch import ByteRecords, Int64s, Records, concat_records, slice_records
 from batchpipe.errors import RecordsFailedError
 from batchpipe.manifest import StageStats
-from batchpipe.stages import Answer, InvocationFailed, OpenStage, Remedy
+from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, OpenStage, Remedy
 
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 60.0
@@ -51,15 +52,18 @@ class Outcome:
     def merge(cls, parts: Iterable[tuple[int, "Outcome"]]) -> "Outcome":
         """Put outcomes of consecutive slices together; each comes with the place its slice begins at.
 
-        Raises InvocationFailed where some answers are tables and others bytes: nothing can hold both.
+        Raises TypeError where nothing can hold all answers: tables and bytes, or columns of other types.
         """
         shifted = [(first, outcome) for first, outcome in parts]
         records = [outcome.records for _, outcome in shifted if outcome.records is not None and len(outcome.places)]
         if len({type(each) for each in records}) > 1:
-            message = "answered some records as a table and others as bytes"
-            raise InvocationFailed("WrongAnswer", message, Remedy.NONE)
+            raise TypeError("some records as a table and others as bytes")
+        try:
+            together = concat_records(records) if records else None
+        except pa.ArrowException as exc:
+            raise TypeError(f"some records with other types than others: {exc}") from exc
         return cls(
-            concat_records(records) if records else None,
+            together,
             np.concatenate([outcome.places + first for first, outcome in shifted]),
             tuple(_moved(failed, first) for first, outcome in shifted for failed in outcome.failed),
             np.concatenate([outcome.dropped + first for first, outcome in shifted]),
@@ -137,17 +141,41 @@ class Invoker:
                 await self._prove(why)  # every attempt failed, with backoff: is it there at all?
             if why.remedy is Remedy.SMALLER:
                 self._too_large = min(records.nbytes, self._too_large or records.nbytes)
-            return await self._halves(records, search.halved(alone=tries.alone))
+            outcome = await self._halves(records, search.halved(alone=tries.alone))
+            if why.reason == WRONG_COUNT and len(outcome.places) == len(records) and not search.is_halving:
+                await self._count_again(records, search, why)
+            return outcome
         search.limit.found += 1
         search.stats[self.stage.name] += StageStats(failed=1)
         await self._doubt(why, weight=1)
         return Outcome(None, NONE, (FailedRecord(0, self.stage.name, why, tries.attempts),))
 
+    async def _count_again(self, records: Records, search: "_Search", why: InvocationFailed) -> None:
+        """Where no record is to blame for a wrong count: was it chance, or does the stage not go record by record?
+
+        Raises InvocationFailed for the latter: its answers to fewer records at once are right by accident (G8).
+        """
+        try:
+            await self._attempt(records, search.stats, alone=search.alone)
+        except InvocationFailed as again:
+            if again.reason == WRONG_COUNT:
+                message = f"{again.message}, and sent fewer at once each is answered: answer record by record"
+                raise self._breaks_contract(message) from why
+
+    def _breaks_contract(self, message: str) -> InvocationFailed:
+        return InvocationFailed("WrongAnswer", f"stage {self.stage.name!r} {message}", Remedy.NONE)
+
     async def _halves(self, records: Records, search: "_Search") -> Outcome:
         middle = len(records) // 2
         left = await self._settle(slice_records(records, 0, middle), search)
         right = await self._settle(slice_records(records, middle, len(records)), search)
-        return Outcome.merge([(0, left), (middle, right)])
+        return self._merge([(0, left), (middle, right)])
+
+    def _merge(self, parts: Iterable[tuple[int, Outcome]]) -> Outcome:
+        try:
+            return Outcome.merge(parts)
+        except TypeError as exc:
+            raise self._breaks_contract(f"answered {exc}") from exc
 
     async def _each(self, records: Records, search: "_Search") -> Outcome:
         """Send a stage that takes one record a request each by itself: one that fails is tried again alone, at once."""
@@ -164,7 +192,7 @@ class Invoker:
         finally:
             for runner in running:
                 runner.cancel()
-        return Outcome.merge(sorted(outcomes.items(), key=itemgetter(0)))
+        return self._merge(sorted(outcomes.items(), key=itemgetter(0)))
 
     async def _attempt(self, records: Records, stats: Stats, *, alone: bool) -> Answer:
         started = time.perf_counter()

@@ -19,7 +19,7 @@ from batchpipe.job import Job
 from batchpipe.specs.spec import MB
 from batchpipe.stages import InvocationFailed, Remedy
 from batchpipe.stages.callable import CallableStage, open_callable
-from batchpipe.stages.contract import PORT
+from batchpipe.stages.contract import NO_REMEDY, PORT
 from batchpipe.stages.tables import can_be_table, take_header, to_table
 
 MAX_WAITING = 100
@@ -116,7 +116,10 @@ class _Server:
             return web.Response(status=400, text=str(exc))
         except InvocationFailed as exc:
             where = f" ({exc.location})" if exc.location else ""
-            return web.Response(status=503 if exc.remedy is Remedy.RETRY else 400, text=f"{exc}{where}")
+            headers = {NO_REMEDY: "1"} if exc.remedy is Remedy.NONE else {}
+            return web.Response(
+                status=503 if exc.remedy is Remedy.RETRY else 400, text=f"{exc}{where}", headers=headers
+            )
         finally:
             self._waiting -= 1
 

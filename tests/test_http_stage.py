@@ -162,7 +162,7 @@ def test_late_answer_is_not_taken_for_the_next_one(open_endpoint: Open):
 def test_G8_wrong_count_is_a_failure(open_endpoint: Open, order: str, count: int):
     failure = open_endpoint().failure(f"!{order}", "1", "2")
 
-    assert (failure.reason, failure.remedy) == ("WrongAnswer", Remedy.ISOLATE)
+    assert (failure.reason, failure.remedy) == ("WrongCount", Remedy.ISOLATE)
     assert failure.message == f"answered {count} records for 3 sent"
 
 

@@ -15,7 +15,7 @@ from batchpipe.batch import ByteRecords, Records
 from batchpipe.chain import new_stats
 from batchpipe.errors import RecordsFailedError
 from batchpipe.invoke import FailureLimit, Invoker, Outcome
-from batchpipe.stages import Answer, InvocationFailed, Remedy
+from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, Remedy
 from tests.doubling import Doubling, column, numbers_of
 
 
@@ -80,8 +80,67 @@ def test_G8_tables_and_bytes_are_not_put_together():
     table, text = pa.table({"n": [1]}), ByteRecords.of([b"1"])
     parts = [(0, Outcome(table, np.zeros(1, np.int64))), (1, Outcome(text, np.zeros(1, np.int64)))]
 
-    with pytest.raises(InvocationFailed, match="answered some records as a table and others as bytes"):
+    with pytest.raises(TypeError, match="some records as a table and others as bytes"):
         Outcome.merge(parts)
+
+
+def test_G8_a_stage_whose_answers_are_of_other_types_for_other_records_breaks_its_contract():
+    class Mixed(Doubling):
+        """Answers text for numbers from ten on, which one answer cannot hold beside numbers."""
+
+        async def invoke(self, records: Records, *, alone: bool = False) -> Answer:
+            numbers = column(records)
+            if len({n >= 10 for n in numbers}) > 1:
+                raise InvocationFailed("ValueError", "of no one type", Remedy.ISOLATE)
+            return Answer(pa.table({"n": [str(n) if n >= 10 else n for n in numbers]}))
+
+    with pytest.raises(InvocationFailed) as caught:
+        invoke_now(Mixed(), range(20), FailureLimit(None))
+
+    assert caught.value.remedy is Remedy.NONE
+    assert "stage 'doubling' answered some records with other types than others: " in str(caught.value)
+
+
+class Miscounting(Doubling):
+    """A server that leaves out every number that it was sent twice at once, or one by chance, as `chances` says."""
+
+    def __init__(self, chances: int = 0) -> None:
+        super().__init__()
+        self.chances = chances
+
+    async def invoke(self, records: Records, *, alone: bool = False) -> Answer:
+        numbers = column(records)
+        answered = len(set(numbers)) - (self.chances > 0)
+        self.chances -= 1
+        if answered != len(numbers):
+            self.calls.append(numbers)
+            raise InvocationFailed(WRONG_COUNT, f"answered {answered} records for {len(numbers)} sent", Remedy.ISOLATE)
+        return await super().invoke(records)
+
+
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=100))
+def test_G8_a_wrong_count_that_no_record_is_to_blame_for_is_never_made_right_by_halving(numbers):
+    stage = Miscounting()
+
+    if len(set(numbers)) == len(numbers):
+        assert numbers_of(invoke_now(stage, numbers, FailureLimit(None))) == [2 * n for n in numbers]
+    else:
+        with pytest.raises(InvocationFailed) as caught:
+            invoke_now(stage, numbers, FailureLimit(None))
+        assert caught.value.remedy is Remedy.NONE
+        assert caught.value.message == (
+            f"stage 'doubling' answered {len(set(numbers))} records for {len(numbers)} sent, "
+            "and sent fewer at once each is answered: answer record by record"
+        )
+
+
+def test_a_wrong_count_by_chance_costs_no_record():
+    stage = Miscounting(chances=1)
+
+    outcome = invoke_now(stage, range(4), FailureLimit(None))
+
+    assert numbers_of(outcome) == [0, 2, 4, 6]
+    assert stage.calls == [[0, 1, 2, 3], [0, 1], [2, 3], [0, 1, 2, 3]]
 
 
 class Killed(Doubling):

@@ -27,6 +27,12 @@ def double(frame: pd.DataFrame):
 def named(frame: pd.DataFrame):
     return frame
 
+def distinct(frame: pd.DataFrame):
+    return frame.drop_duplicates("text")
+
+def mixed(rows: list[dict]):
+    return [{"n": row["n"] if row["n"] < 50 else str(row["n"])} for row in rows]
+
 def ratio(frame: pd.DataFrame):
     return frame.assign(ratio=1 / frame.n)
 
@@ -158,6 +164,34 @@ def test_an_answer_of_another_content_type_costs_its_record_alone(jobs: Jobs, ma
     ]
     if max_records == 1:
         assert jobs.quarantined()[0]["message"] == "answered text/html; the next stage takes text/csv"
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"callable": "stages:distinct"},
+        process("served", ["batchpipe", "serve", "stages:distinct"], content_type="application/jsonlines"),
+    ],
+    ids=["in the worker", "served"],
+)
+def test_G8_a_stage_that_answers_fewer_records_ends_the_run_wherever_it_runs(jobs: Jobs, stage: dict[str, Any]):
+    jobs.write("in/a.csv", "n,text\n" + "".join(f"{n},{n % 7}\n" for n in range(50)))
+
+    ran = jobs.run("run", jobs.job([stage], on_error={"max_failed_percent": 100}))
+
+    assert ran.code == 5, ran.err
+    assert "stage 'distinct' answered 7 records for 50 sent (stages.py:" in ran.err
+    assert not jobs.parts()
+
+
+def test_G8_answers_whose_types_differ_end_the_run(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(100))
+
+    ran = jobs.run("run", jobs.job([{"callable": "stages:mixed"}], on_error={"max_failed_percent": 100}))
+
+    assert ran.code == 5, ran.err
+    assert "stage 'mixed' answered some records with other types than others: " in ran.err
+    assert "where: in/a.csv, record 1, byte 7 and the 99 sent with it" in ran.err
 
 
 def test_a_value_that_a_content_type_has_no_word_for_costs_its_record_alone(jobs: Jobs):

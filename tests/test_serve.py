@@ -181,6 +181,16 @@ def test_exception_is_the_records_failure_and_says_where(open_served: Callable[.
     assert failure.message.endswith("in fail)")
 
 
+def test_G8_a_callable_that_breaks_its_contract_is_not_made_to_fit_by_sending_it_less(
+    open_served: Callable[..., Opened],
+):
+    failure = open_served("first_only").failure("1", "2")
+
+    assert (failure.reason, failure.remedy) == ("HTTP 400", Remedy.NONE)
+    text = "stage 'stage' breaks its contract: WrongAnswer: stage 'first_only' answered 1 records for 2 sent ("
+    assert failure.message.startswith(text)
+
+
 def test_exception_that_asks_for_it_is_retried(open_served: Callable[..., Opened]):
     failure = open_served("busy").failure("1")
 

@@ -31,6 +31,10 @@ class Answer:
     kept: "NDArray[np.bool_] | None" = None
 
 
+WRONG_COUNT = "WrongCount"
+"""The reason where a server answered other than one record for each record sent."""
+
+
 class Remedy(Enum):
     """What may help after a failed invocation."""
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 PING_TIMEOUT_S = 2.0
 LONGEST_PAUSE_S = 0.25
 PORT = "SAGEMAKER_BIND_TO_PORT"
+NO_REMEDY = "x-batchpipe-broken"
+"""A header of `batchpipe serve`: the callable breaks its contract, so that sending less at once would hide it (G8)."""
 
 
 @dataclass(frozen=True, slots=True)

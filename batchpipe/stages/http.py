@@ -18,9 +18,9 @@ from batchpipe.batch import Records
 from batchpipe.content import Body, ContentError
 from batchpipe.errors import StageStartError
 from batchpipe.redact import mask
-from batchpipe.stages import Answer, InvocationFailed, Remedy, StageContext, sender_of
+from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, Remedy, StageContext, sender_of
 from batchpipe.stages.connections import Connections, HttpAnswer
-from batchpipe.stages.contract import Advice
+from batchpipe.stages.contract import NO_REMEDY, Advice
 from batchpipe.stages.exchange import Exchange, takes_table
 
 if TYPE_CHECKING:
@@ -158,8 +158,22 @@ class HttpStage:
         body = await self._encode(records, content_type)
         headers = {"Content-Type": content_type, "Accept": self.exchange.accept or "*/*"}
         answer = await self._post(body, headers)
-        _raise_for_status(answer, self._secrets)
+        self._raise_for_status(answer)
         return await self._decode(answer, content_type, len(records))
+
+    def _raise_for_status(self, answer: HttpAnswer) -> None:
+        if 200 <= answer.status < 300:
+            if answer.headers.get("content-encoding", "identity").lower() != "identity":
+                message = f"the answer is compressed ({answer.headers['content-encoding']}), which was not asked for"
+                raise InvocationFailed("WrongAnswer", message, Remedy.ISOLATE)
+            return
+        text = " ".join(answer.body[: 4 * _ERROR_CHARACTERS].decode("utf-8", "replace").split())
+        message = mask(text, self._secrets)[:_ERROR_CHARACTERS]
+        remedy = _remedy(answer)
+        if remedy is Remedy.NONE:
+            message = f"stage {self.name!r} breaks its contract: {message}"
+        delay_s = retry_after_s(answer.headers.get("retry-after", ""))
+        raise InvocationFailed(f"HTTP {answer.status}", message, remedy, retry_after_s=delay_s)
 
     async def _encode(self, records: Records, content_type: str) -> Body:
         size = 0 if content.is_sent_as_it_lies(records, content_type) else int(records.nbytes)
@@ -234,7 +248,7 @@ class HttpStage:
         if len(records) != count:
             empty = f" (HTTP {answer.status} with an empty body)" if not answer.body else ""
             message = f"answered {len(records):,} records for {count:,} sent{empty}"
-            raise InvocationFailed("WrongAnswer", message, Remedy.ISOLATE)
+            raise InvocationFailed(WRONG_COUNT, message, Remedy.ISOLATE)
         # One that never fits is a stage that does not fit, which the next stage tells.
         fits = self.exchange.fits_next(records)
         if self._has_fitted and not fits:
@@ -248,22 +262,14 @@ async def _on_thread(work: Callable[[], T], size: int) -> T:
     return work() if size < THREAD_BYTES else await asyncio.to_thread(work)
 
 
-def _raise_for_status(answer: HttpAnswer, secrets: frozenset[str]) -> None:
-    if 200 <= answer.status < 300:
-        if answer.headers.get("content-encoding", "identity").lower() != "identity":
-            message = f"the answer is compressed ({answer.headers['content-encoding']}), which was not asked for"
-            raise InvocationFailed("WrongAnswer", message, Remedy.ISOLATE)
-        return
+def _remedy(answer: HttpAnswer) -> Remedy:
+    if NO_REMEDY in answer.headers:
+        return Remedy.NONE
     if answer.status == 413:
-        remedy = Remedy.SMALLER
-    elif answer.status in (408, 425, 429) or answer.status >= 500:
-        remedy = Remedy.RETRY
-    else:
-        remedy = Remedy.ISOLATE
-    text = " ".join(answer.body[: 4 * _ERROR_CHARACTERS].decode("utf-8", "replace").split())
-    message = mask(text, secrets)[:_ERROR_CHARACTERS]
-    delay_s = retry_after_s(answer.headers.get("retry-after", ""))
-    raise InvocationFailed(f"HTTP {answer.status}", message, remedy, retry_after_s=delay_s)
+        return Remedy.SMALLER
+    if answer.status in (408, 425, 429) or answer.status >= 500:
+        return Remedy.RETRY
+    return Remedy.ISOLATE
 
 
 def retry_after_s(value: str) -> float | None:
