@@ -140,17 +140,18 @@ class Relay(socketserver.BaseRequestHandler):
     def hand_back(self, upstream: socket.socket) -> None:
         with suppress(OSError):
             while data := upstream.recv(1 << 16):
-                if self.act == "lose the answer" and not data.startswith(b"HTTP/1.1 100"):
+                line, act = self.line, self.act  # once the client has its answer it may ask for the next thing
+                if act == "lose the answer" and not data.startswith(b"HTTP/1.1 100"):
                     break
-                if self.act == "trickle":
+                if act == "trickle":
                     self.trickle(data)
                 else:
                     self.request.sendall(data)
-                if self.act in (None, "trickle") and re.match(rb"HTTP/1.1 [234]", data):
+                if act in (None, "trickle") and re.match(rb"HTTP/1.1 [234]", data):
                     for trouble in self.server.troubles:
-                        trouble.make_good(self.line)
+                        trouble.make_good(line)
                 if data.startswith(b"HTTP/1.1 2"):
-                    self.server.answered(self.line)
+                    self.server.answered(line)
         # The store closes what was idle for some seconds. Who does not see that asks on it, and waits for a minute.
         with suppress(OSError):
             self.request.shutdown(socket.SHUT_RDWR)

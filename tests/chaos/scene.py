@@ -35,6 +35,8 @@ WORKER_TTL = "15s"
 """After which Dask gives up a worker that it has not heard of: it takes minutes otherwise."""
 PACE_S = 0.2
 """Between two calls that are let through while something is waited for: so that the run is not over before."""
+RETURN_S = 2.0
+"""How long such a call may take to come back to the gate, with all that it writes on its way, on a slow machine."""
 ARROW = "application/vnd.apache.arrow.stream"
 
 StagesKind = Literal["callables", "processes", "containers"]
@@ -174,8 +176,12 @@ class Scene:
         deadline = time.monotonic() + WITHIN_S
         while not condition() and self.driver.poll() is None:
             assert time.monotonic() < deadline, f"not within {WITHIN_S} s"
+            stood = len(self.waiting())
             self.let_one_through()
             time.sleep(PACE_S)
+            returns_by = time.monotonic() + RETURN_S
+            while len(self.waiting()) < stood and self.driver.poll() is None and time.monotonic() < returns_by:
+                time.sleep(0.02)
         if not condition():
             raise RunOverError
 
