@@ -193,9 +193,11 @@ def redrive(**options: Any) -> None:
 def _run(function: Callable[..., "Manifest"], options: Mapping[str, Any]) -> tuple["Manifest", bool]:
     """Run a job by `run_job` or `redrive_job`; the manifest, and whether anything had to be done for it."""
     from batchpipe.progress import choose_progress
+    from batchpipe.redact import mask, secrets_of
 
     job = _load(options["job"], options["variables"], options["settings"], options["workers"])
-    show = choose_progress("none" if options["quiet"] else options["progress"], _command_line())
+    command = mask(_command_line(), secrets_of(job))
+    show = choose_progress("none" if options["quiet"] else options["progress"], command)
     steps = set()
 
     def watch(progress: "Progress") -> None:

@@ -51,37 +51,44 @@ def is_beyond_records(limits: OnErrorSpec, failed: int) -> bool:
 
 
 def too_many_failed(
-    job: Job, tally: Tally, quarantine: str, line: int | None = None, *, redriven_of: int | None = None
+    job: Job, tally: Tally, quarantine: str = "", line: int | None = None, *, redriven_of: int | None = None
 ) -> RecordsFailedError:
     """The error that ends a run which lost more records than it may, naming the first one, with its line if known.
 
-    `redriven_of` is how many records the run had that is redriven.
+    `redriven_of` is how many records the run had that is redriven; without a `quarantine` nothing was kept.
     """
     first, failed, limits = tally.failures[0], tally.accounts.quarantined, job.on_error
     read, verb = redriven_of or tally.accounts.read, "redrive" if redriven_of else "run"
     if is_beyond_records(limits, failed):
-        budget, remedy = f"{limits.max_failed_records:,} allowed", f"max_failed_records={failed}"
+        budget = f"{limits.max_failed_records:,} allowed"
+        # That one more failed is all that is known: the next power of ten asks less often than one more each time.
+        remedy: dict[str, object] = {"max_failed_records": 10 ** len(str(failed - 1)) if failed > 1 else 1}
     else:
         enough = ceil(100_000 * failed / read) / 1_000
         budget = f"{limits.max_failed_percent:g} % of {read:,} allowed"
-        remedy = f"max_failed_percent={enough:g}"
+        remedy = {"max_failed_percent": f"{enough:g}"}
     count = "1 record" if failed == 1 else f"{failed:,} records"
-    kept = f"{tally.settled:,} of {tally.splits:,} splits are kept"
+    kept = f" and resume, {tally.settled:,} of {tally.splits:,} splits are kept" if tally.settled else ""
+    # What was asked again and again is more likely not there than sent a bad record.
+    ask = "see that it answers and run again; or " if first.attempts > 1 else ""
     return RecordsFailedError(
         f"stage {first.stage!r} failed for {count}, {budget}: {_why(first)}",
-        where=f"{describe_failure(first, line)}; kept in {clean_uri(quarantine)}",
-        next=f"allow it and resume, {kept}: batchpipe {verb} {job.path} --set on_error.{remedy}",
+        where=f"{describe_failure(first, line)}{_kept_in(quarantine)}",
+        next=f"{ask}allow it{kept}: {job.command(verb, **remedy)}",
     )
 
 
 def first_failed(job: Job, first: Failure, line: int | None = None, quarantine: str = "") -> RecordsFailedError:
     """The error that ends a run before it begins: no record of the first mini-batch is answered."""
-    kept = f"; kept in {clean_uri(quarantine)}" if quarantine else ""
     return RecordsFailedError(
         f"stage {first.stage!r} failed for the first records, and none is answered: {_why(first)}",
-        where=f"{describe_failure(first, line)}{kept}",
-        next=f"mend it and try one mini-batch: batchpipe check {job.path}",
+        where=f"{describe_failure(first, line)}{_kept_in(quarantine)}",
+        next=f"mend it and try one mini-batch: {job.command('check')}",
     )
+
+
+def _kept_in(quarantine: str) -> str:
+    return f"; kept in {clean_uri(quarantine)}" if quarantine else ""
 
 
 def _why(failure: Failure) -> str:

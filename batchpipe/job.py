@@ -6,6 +6,7 @@ Pure: reads no file. Kinds and formats that a run cannot serve are refused by th
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from os.path import normpath
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, PrivateAttr, Strict, model_validator
 
 from batchpipe.errors import JobError
-from batchpipe.redact import SECRET_KEYS, clean_document, clean_uri
+from batchpipe.redact import SECRET_KEYS, clean_document, clean_uri, mask, secrets_of
 from batchpipe.specs.compute import ClusterByAddress, ClusterByClass, ComputeSpec, WorkerRange
 from batchpipe.specs.input import InputSpec
 from batchpipe.specs.output import OutputSpec
@@ -146,6 +147,8 @@ class Job(Spec):
 
     _path: Path = PrivateAttr(Path("job.yaml"))
     _written: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _given: tuple[tuple[str, str], ...] = PrivateAttr(())
+    """Of the command line, such as ``("--set", "output.uri=s3://b/x")``, so that a command can be told again."""
 
     @property
     def path(self) -> Path:
@@ -156,6 +159,20 @@ class Job(Spec):
     def import_folders(self) -> tuple[str, ...]:
         """Folders to import callables from: the job file's own, then `python_path`."""
         return (str(self.path.parent), *self.python_path)
+
+    def with_options(self, *options: tuple[str, str]) -> Self:
+        """The same job, which tells `command` of further options."""
+        job = self.model_copy()
+        job._given = (*self._given, *options)
+        return job
+
+    def command(self, verb: str, **settings: object) -> str:
+        """Return the command line that does `verb` with this job as it was given, and these keys of `on_error` set."""
+        added = [("--set", f"on_error.{key}={value}") for key, value in settings.items()]
+        keys = {text.partition("=")[0] for _, text in added}
+        kept = [option for option in self._given if option[0] != "--set" or option[1].partition("=")[0] not in keys]
+        words = ["batchpipe", verb, str(self.path), *(word for option in (*kept, *added) for word in option)]
+        return mask(shlex.join(words), secrets_of(self))
 
     def document(self) -> dict[str, Any]:
         """Return the job as written (with `--set`, before variables), with secrets masked: fit for a manifest."""

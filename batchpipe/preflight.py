@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from itertools import islice
 from uuid import uuid4
 
-from batchpipe.failures import first_failed
+from batchpipe.errors import RecordsFailedError
+from batchpipe.failures import first_failed, is_beyond_records, too_many_failed
 from batchpipe.fingerprint import make_fingerprint
 from batchpipe.job import Job, supported_or_raise
 from batchpipe.jobfile import fill_run_id
@@ -16,6 +17,7 @@ from batchpipe.plan import Plan, list_inputs, make_plan
 from batchpipe.processes import open_host
 from batchpipe.redact import clean_uri
 from batchpipe.run import PROBED_AT_ONCE
+from batchpipe.schedule import Tally
 from batchpipe.split import isolated
 from batchpipe.storage import join, open_store
 from batchpipe.transform import probe
@@ -49,12 +51,20 @@ def check_job(job: Job) -> Iterator[str]:
         orders = Orders(place, Schemas())
         try:
             # In child processes: a record that kills must not end this process, which no worker stands for.
-            found = probe(isolated(islice(plan, PROBED_AT_ONCE)), orders, is_all=True)
+            found = probe(isolated(islice(plan, PROBED_AT_ONCE)), orders, is_all=True, is_strict=True)
         finally:
             close_worker_chain(place.run_id)
             store.remove_folder(join(job.output.uri, HIDDEN, place.run_id))
         if isinstance(found, SplitResult):
-            raise first_failed(job, found.failures[0], line_of(found.failures[0], job.input))
+            raise _failed(job, found, plan.count)
         yield f"stages    {', '.join(stage.name for stage in job.stages)}: opened, one mini-batch went through"
         if found.output is not None:
             yield "columns   " + ", ".join(f"{field.name}: {field.type}" for field in found.output)
+
+
+def _failed(job: Job, found: SplitResult, splits: int) -> RecordsFailedError:
+    line = line_of(found.failures[0], job.input)
+    if not is_beyond_records(job.on_error, found.accounts.quarantined):
+        return first_failed(job, found.failures[0], line)
+    tally = Tally(splits=splits, accounts=found.accounts, failures=list(found.failures))
+    return too_many_failed(job, tally, line=line)

@@ -97,7 +97,7 @@ def find_finished(job: Job, run_id: str | None, wait_s: float) -> tuple[Manifest
     manifest, is_late = finished_run(job, wait_s)
     where = clean_uri(job.output.uri)
     if manifest is None:
-        next_ = f"finish one first: batchpipe run {job.path}"
+        next_ = f"finish one first: {job.command('run')}"
         raise OutputError("there is no finished run whose records could be redriven", where=where, next=next_)
     first = manifest.generations[0].run_id
     if run_id not in (None, first):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from batchpipe.errors import BatchpipeError
-from batchpipe.failures import Budget, first_failed, too_many_failed
+from batchpipe.failures import Budget, first_failed, is_beyond_records, too_many_failed
 from batchpipe.job import Job
 from batchpipe.manifest import (
     SCHEMA_VERSION,
@@ -191,7 +191,7 @@ class Run:
         self.show(step, gauge)
 
     def _hopeless(self, result: SplitResult, pool: "Pool") -> BatchpipeError:
-        """What ends a run whose first mini-batch had no answer: its first failed record."""
+        """What ends a run whose first mini-batch had no answer, or lost more records than the run may."""
         first, quarantine = result.failures[0], self.output.folder / "quarantine"
         line = pool.call(line_of, first, self.job.input)
         if self.schedule.has_settled(result.split):  # in an earlier start, whose quarantine stays as it is
@@ -199,7 +199,7 @@ class Run:
         self.output.keep_quarantine(result)
         with contextlib.suppress(BatchpipeError):  # the first failure is what matters
             self._number(pool, result)
-        if self.job.on_error.max_failed_records != 0:
+        if not is_beyond_records(self.job.on_error, result.accounts.quarantined):
             return first_failed(self.job, first, line, quarantine)
         self.schedule.tally.accounts, self.schedule.tally.failures = result.accounts, [first]
         return self._too_many_failed(line)

@@ -37,6 +37,7 @@ def run_job(
 
         inputs = list_inputs(job.input, host.scratch)
         fingerprint = make_fingerprint(job, inputs)
+        job = _told_run_id(job, run_id)
         run_id = run_id or fingerprint.sha256[:8]
         job = fill_run_id(job, run_id)
         with open_output(job, run_id, fingerprint, host.scratch, restart=restart, wait_s=wait_s) as output:
@@ -76,7 +77,7 @@ def redrive_job(
         redriven = open_redriven(job, finished)
         plan = plan_redrive(job, redriven, list_inputs(job.input, host.scratch), host.scratch)
         fingerprint = make_fingerprint(job, plan.inputs)
-        job = fill_run_id(job, finished.generations[0].run_id)
+        job = fill_run_id(_told_run_id(job, run_id), finished.generations[0].run_id)
         with open_output(
             job, redriven.run_id, fingerprint, host.scratch, restart=restart, wait_s=wait_s, redrives=finished
         ) as output:
@@ -84,3 +85,8 @@ def redrive_job(
                 return output.manifest
             with sweeping_if_killed(output.folder, job.output.storage_options, host.watcher):
                 return Run(job, redriven.run_id, plan, output, on_progress, redriven).finish(host)
+
+
+def _told_run_id(job: Job, run_id: str | None) -> Job:
+    """The job, whose commands name the run id where it was given: it follows from nothing else."""
+    return job.with_options(("--run-id", run_id)) if run_id else job

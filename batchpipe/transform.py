@@ -131,11 +131,12 @@ MOST_FIRST_RECORDS = 1_000
 """Where more fail one after the other, the rest of the first mini-batch is not even tried."""
 
 
-def probe(splits: tuple[Split, ...], orders: Orders, is_all: bool) -> Schemas | SplitResult:
+def probe(splits: tuple[Split, ...], orders: Orders, is_all: bool, is_strict: bool = False) -> Schemas | SplitResult:
     """Send mini-batches of these splits through the chain until a record is answered: what the columns are.
 
     Not proved where these splits hold no record, or all are dropped. The result of a split that stopped where more
-    records failed than may, or where none of the first ones is answered; `is_all` says that no others will be tried.
+    records failed than may, or where none of the first ones is answered; `is_all` says that no others will be tried,
+    `is_strict` that more failures than may be count where a record is answered, too.
     Raises what reading and opening the chain raise; no part is written.
     """
     _same_version_or_raise(orders)
@@ -158,7 +159,8 @@ def probe(splits: tuple[Split, ...], orders: Orders, is_all: bool) -> Schemas | 
             for batch in source.batches(as_tables=chain.takes_tables, with_header=chain.takes_header):
                 # One at a time: most often the first one tells, and a second one would be worked on for nothing.
                 for sent, outcome in chain.stream([batch], unanswered, new_stats()):
-                    if len(outcome.places):
+                    is_beyond = limit is not None and max(unread.found, unanswered.found) > limit
+                    if len(outcome.places) and not (is_strict and is_beyond):
                         return replace(schemas, output=_output_schema(job, outcome, sent, split), is_proved=True)
                     source.settle(sent, outcome)
                     dropped += len(outcome.dropped)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from batchpipe.job import Job, fingerprint_document
+from batchpipe.jobfile import load_job
 from batchpipe.jobfile.schema import job_schema
 from batchpipe.redact import secrets_of
 from batchpipe.specs.arrow_types import ARROW_TYPES, arrow_type, check_arrow_type
@@ -141,6 +143,22 @@ def test_output_beside_the_input_is_taken(uri: str, output: str):
 
 
 # Workers and manifests
+
+
+def test_the_command_of_a_job_repeats_how_it_was_given_without_its_secrets(tmp_path: Path):
+    path = tmp_path / "a job.yaml"
+    path.write_text("{input: {uri: in}, stages: [{callable: 'a:b'}], output: {uri: '${where}'}}")
+    secret = {"input.storage_options": '{s3: {secret: "hunter2-s3"}}', "on_error.max_failed_records": "3"}
+    job = load_job(path, set=[f"{key}={value}" for key, value in secret.items()], vars={"where": "out"})
+
+    assert shlex.split(job.command("run")) == [
+        "batchpipe", "run", str(path), "--set", 'input.storage_options={s3: {secret: "***"}}',
+        "--set", "on_error.max_failed_records=3", "--var", "where=out",
+    ]  # fmt: skip
+    assert shlex.split(job.command("run", max_failed_records=10))[-4:] == [
+        "--var", "where=out", "--set", "on_error.max_failed_records=10",
+    ]  # fmt: skip
+    assert job.command("run", max_failed_records=10).count("max_failed_records") == 1
 
 
 def test_job_is_pickled_with_its_secrets():

@@ -155,6 +155,30 @@ def test_a_failed_record_is_named_and_can_be_allowed_by_the_command_that_the_err
     assert jobs.run("verify", jobs.out).code == 0
 
 
+def test_the_command_that_an_error_names_is_that_of_the_same_run(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(100))
+    job = jobs.job("stages:no_57", output={"uri": "out/${part}", "format": "parquet"})
+    given = ["--var", "part=a", "--run-id", "mine", "--set", "batch.split_mb=0.0002"]
+    refused = jobs.run("run", job, *given)
+    advised = refused.err.partition(": batchpipe ")[2].split()
+    allowed = jobs.run(*advised)
+
+    assert (refused.code, allowed.code) == (5, 0), refused.err + allowed.err
+    assert advised == ["run", "job.yaml", "--set", "batch.split_mb=0.0002", "--var", "part=a", "--run-id", "mine",
+                       "--set", "on_error.max_failed_records=1"]  # fmt: skip
+    assert " run=mine " in allowed.err
+
+
+def test_a_stage_that_was_asked_again_and_again_may_not_be_there(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(3))
+    stage = {"endpoint": {"url": "http://127.0.0.1:9/"}, "content_type": "text/csv", "invocations_max_retries": 1}
+
+    ran = jobs.run("run", jobs.job([stage], batch={"max_records": 1}))
+
+    assert ran.code == 5, ran.err
+    assert "next:  see that it answers and run again; or allow it: batchpipe run job.yaml --set" in ran.err
+
+
 def test_a_budget_of_records_that_is_exceeded_is_5_again(jobs: Jobs):
     jobs.write("in/a.csv", csv_rows(60) + csv_rows(60, 57).partition("\n")[2])
 

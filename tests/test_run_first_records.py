@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow.dataset as ds
@@ -32,7 +33,7 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
         yield jobs
 
 
-def picky(worst: int) -> list[dict[str, object]]:
+def picky(worst: int) -> list[dict[str, Any]]:
     return [{"callable": "stages:picky", "params": {"worst": worst}}]
 
 
@@ -65,6 +66,32 @@ def test_a_first_mini_batch_without_one_answer_ends_the_run_whatever_the_budget(
     assert ran.code == 5
     assert "failed for the first records, and none is answered: AssertionError: too small" in ran.err
     assert "mend it and try one mini-batch: batchpipe check job.yaml" in ran.err
+
+
+def test_a_first_mini_batch_beyond_the_budget_is_not_said_to_be_without_an_answer(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(100))
+    stages = [*picky(3), {"callable": "stages:echo"}]
+
+    ran = jobs.run("run", jobs.job(stages, on_error={"max_failed_records": 2}))
+
+    assert ran.code == 5
+    assert "stage 'picky' failed for 3 records, 2 allowed: AssertionError: too small (stages.py:" in ran.err
+    assert "next:  allow it: batchpipe run job.yaml --set on_error.max_failed_records=10" in ran.err
+
+
+@pytest.mark.parametrize(("worst", "first"), [(0, "0,fails"), (-1, "x,is no row")], ids=["fails", "is no row"])
+def test_check_fails_where_the_first_mini_batch_is_beyond_the_budget_of_a_run(jobs: Jobs, worst: int, first: str):
+    jobs.write("in/a.csv", f"n,text\n{first}\n1,is well\n")
+    job = jobs.job(picky(worst), input={"uri": "in", "types": {"n": "int64"}})
+
+    refused = jobs.run("check", job)
+    allowed = jobs.run("check", job, "--set", "on_error.max_failed_records=1")
+
+    assert (refused.code, allowed.code) == (5, 0), refused.err + allowed.err
+    assert "failed for 1 record, 0 allowed: " in refused.err
+    assert "next:  allow it: batchpipe run job.yaml --set on_error.max_failed_records=1" in refused.err
+    assert "kept in" not in refused.err
+    assert jobs.is_released()
 
 
 def test_first_mini_batches_of_one_record_that_fail_cost_these_records_and_not_the_run(jobs: Jobs):

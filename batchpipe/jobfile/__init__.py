@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from batchpipe.errors import JobError
 from batchpipe.job import Job, is_uri
 from batchpipe.jobfile.problems import Problems, show
-from batchpipe.jobfile.settings import Settings, apply_settings
+from batchpipe.jobfile.settings import Settings, apply_settings, setting_options
 from batchpipe.jobfile.variables import RUN_ID, fill_variables, variable_values
 from batchpipe.jobfile.yaml_text import Place, YamlTextError, read_yaml
 
@@ -58,14 +58,17 @@ def load_job(
     filled = fill_variables(written, variable_values(vars or {}, run_id), problems.add)
     absolute = Path(os.path.normpath(Path(file).absolute()))
     _resolve_paths(filled, absolute.parent, problems)
-    return _check(written, filled, absolute, problems)
+    job = _check(written, filled, absolute, problems)
+    return job.with_options(
+        *setting_options(set), *(("--var", f"{name}={value}") for name, value in (vars or {}).items())
+    )
 
 
 def fill_run_id(job: Job, run_id: str) -> Job:
     """Return *job* with every `${run_id}` in it replaced by *run_id*."""
     filled = Job.model_validate(_with_run_id(job.model_dump(by_alias=True, exclude_unset=True), run_id))
     filled._path, filled._written = job._path, job._written
-    return filled
+    return filled.with_options(*job._given)
 
 
 def _with_run_id(value: Any, run_id: str) -> Any:

@@ -1,5 +1,6 @@
 """`--set KEY=VALUE`: changes single values of a job file before its variables are filled in."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,15 @@ def apply_settings(document: dict[str, Any], settings: Settings) -> set[Place]:
     checked.
     """
     return {place for key, value in _iter_settings(settings) for place in _put(document, key, value)}
+
+
+def setting_options(settings: Settings) -> list[tuple[str, str]]:
+    """The options of a command line that change the same values."""
+    if isinstance(settings, Mapping):
+        texts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+    else:
+        texts = list(settings)
+    return [("--set", text) for text in texts]
 
 
 def _iter_settings(settings: Settings) -> Iterator[tuple[str, Any]]:
