@@ -14,7 +14,7 @@ from aiohttp import web
 
 from batchpipe import content
 from batchpipe.batch import ByteRecords, Records
-from batchpipe.content import CSV, JSON, JSON_LINES, ContentError
+from batchpipe.content import ARROW, CSV, JSON, JSON_LINES, ContentError
 from batchpipe.job import Job
 from batchpipe.specs.spec import MB
 from batchpipe.stages import InvocationFailed, Remedy
@@ -98,12 +98,14 @@ class _Server:
         return web.Response()
 
     async def execution_parameters(self, _: web.Request) -> web.Response:
-        advice = {
+        advice: dict[str, object] = {
             # One more than can be worked on, so that the next one is there when the callable is free.
             "MaxConcurrentTransforms": self._stage.concurrency + 1,
             "BatchStrategy": "MULTI_RECORD",
             "MaxPayloadInMB": max(1, int(min(self._max_payload_mb, ADVISED_PAYLOAD_MB))),
         }
+        if self._stage.takes_table and not self._columns:
+            advice["TableContentType"] = ARROW  # it alone says the names and types of columns
         return web.json_response(advice)
 
     async def invoke(self, request: web.Request) -> web.Response:
@@ -165,6 +167,8 @@ def _has_header(content_type: str) -> bool:
 
 def _natural_type(records: Records, asked: _Asked) -> str:
     """What to answer as where nobody asks: as the request came; bytes as what they are."""
+    if asked.media_type == ARROW and isinstance(records, ByteRecords):
+        return CSV  # the type of lines: a stream holds nothing but a table
     if asked.media_type in content.TABULAR:
         return f"{CSV}; header=present" if _has_header(asked.content_type) else asked.media_type
     return JSON_LINES if isinstance(records, pa.Table) else records.content_type

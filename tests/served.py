@@ -11,6 +11,10 @@ def first_column(frame: pd.DataFrame) -> "pd.Series[float]":
     return frame.iloc[:, 0]
 
 
+def labels(frame: pd.DataFrame) -> list[bytes]:
+    return [name.encode() for name in frame["name"].fillna("?")]
+
+
 def upper(lines: list[bytes]) -> list[bytes]:
     return [line.upper() for line in lines]
 

@@ -78,13 +78,19 @@ class StageContract:
     def test_advice_stands_where_the_job_states_nothing(
         self, open_server: Open, keys: dict[str, Any], concurrency: int, payload: int
     ):
-        advice = {"MaxConcurrentTransforms": 3, "MaxPayloadInMB": 5, "BatchStrategy": "SINGLE_RECORD"}
+        advice = {
+            "MaxConcurrentTransforms": 3,
+            "MaxPayloadInMB": 5,
+            "BatchStrategy": "SINGLE_RECORD",
+            "TableContentType": "application/json",
+        }
 
         stage = open_server(environment={"STAGE_PARAMETERS": json.dumps(advice)}, **keys).stage
 
         assert (stage.concurrency, stage.max_payload_bytes) == (concurrency, payload)
         assert stage.advice.as_document() == advice
         assert stage.exchange.single_record
+        assert stage.exchange.table_type == "application/json"
 
     def test_without_advice_a_stage_has_the_defaults(self, open_server: Open):
         stage = open_server().stage

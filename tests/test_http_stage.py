@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 
 from batchpipe.batch import ByteRecords
-from batchpipe.content import ARROW
+from batchpipe.content import ARROW, CSV, JSON, JSON_LINES
 from batchpipe.errors import StageStartError
 from batchpipe.specs.spec import MB
 from batchpipe.stages import Answer, InvocationFailed, Remedy
@@ -325,6 +325,20 @@ def test_table_that_came_over_http_goes_on_as_arrow(url: str, tmp_path: Path):
     assert Exchange.of(job.stages[1], job, Advice()).content_type_of(pa.table({"id": [1]})) == ARROW
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"), [({}, JSON), ({"content_type": CSV}, CSV), ({"content_type": JSON_LINES}, JSON_LINES)]
+)
+def test_table_goes_as_the_server_advises_where_the_job_states_nothing(
+    url: str, tmp_path: Path, keys: dict[str, str], expected: str
+):
+    job = make_job(tmp_path, {"endpoint": {"url": url}, **keys})
+
+    exchange = Exchange.of(job.stages[0], job, Advice(table_type=JSON))
+
+    assert exchange.content_type_of(pa.table({"id": [1]})) == expected
+    assert exchange.content_type_of(csv_records("1")) == keys.get("content_type", CSV)
+
+
 def test_header_of_records_is_sent_if_asked_for_and_counts_as_payload(open_endpoint: Open):
     records = replace(csv_records("007,1.50", "2,x"), header=b'id,"a,b"\n')
     stage = open_endpoint(content_type="text/csv;header=present", max_payload_mb=22 / MB)
@@ -417,6 +431,10 @@ def test_text_is_parsed_only_for_a_stage_that_cannot_take_it(
         ({"MAX_CONCURRENT_TRANSFORMS": "2", "BATCH_STRATEGY": "MultiRecord"}, Advice(None, 2, False)),
         ({"MaxPayloadInMB": 0, "MaxConcurrentTransforms": None, "BatchStrategy": "?"}, Advice()),
         ({"MaxPayloadInMB": "many", "MaxConcurrentTransforms": float("nan")}, Advice()),
+        ({"TableContentType": "application/x-ndjson"}, Advice(table_type=JSON_LINES)),
+        ({"TABLE_CONTENT_TYPE": "text/csv; header=present"}, Advice(table_type=CSV)),
+        ({"TableContentType": "image/png"}, Advice()),
+        ({"TableContentType": 5}, Advice()),
         ([1], Advice()),
     ],
 )

@@ -15,6 +15,19 @@ from tests import images
 from tests.jobs import Jobs, open_jobs, until
 from tests.opened_stage import SERVER
 
+# Two stages whose columns are told by names and types alone, and answers with nulls and times.
+CALLABLES = """
+import pandas as pd
+
+def parse(frame: pd.DataFrame):
+    return frame.assign(per_year=frame.n * 12.5, at=pd.to_datetime(frame.text))
+
+class Model:
+    def __init__(self, by: int):
+        self.by = by
+    def __call__(self, frame: pd.DataFrame):
+        return frame.assign(total=frame.per_year * self.by, later=frame["at"] + pd.Timedelta(days=1), twice=frame.n * 2)
+"""
 HERE = Path(__file__).parent.parent
 Stage = Callable[..., dict[str, Any]]
 
@@ -255,6 +268,24 @@ def test_four_workers_with_three_stages_each(jobs: Jobs, stage: Stage, servers: 
 
 def workers(jobs: Jobs) -> list[psutil.Process]:
     return jobs.processes("batchpipe.worker")
+
+
+def test_served_callable_gets_the_frame_it_gets_in_process_though_no_content_type_is_stated(jobs: Jobs):
+    jobs.write("scoring.py", CALLABLES)
+    jobs.write("in/a.csv", "n,text\n1,2024-01-31\n,2024-02-29T10:30:00\n-3,\n")
+    parse: dict[str, Any] = {"callable": "scoring:parse"}
+    command = ["batchpipe", "serve", "scoring:Model", "--param", "by=3"]
+    chains = {
+        "called": [parse, {"callable": "scoring:Model", "params": {"by": 3}}],
+        "served": [parse, {"process": {"command": command}}],
+    }
+    for name, stages in chains.items():
+        result = jobs.run("run", jobs.job(stages, output={"uri": name, "format": "parquet"}))
+        assert result.code == 0, result.err
+
+    called, served = (ds.dataset(jobs.folder / name, exclude_invalid_files=False).to_table() for name in chains)
+    assert called.column_names == ["n", "text", "per_year", "at", "total", "later", "twice"]
+    assert served.equals(called)
 
 
 def test_record_that_takes_a_containers_memory_costs_itself_alone(jobs: Jobs, engine: str):

@@ -109,7 +109,13 @@ def test_ping_and_execution_parameters_are_answered(serve_it: Serve):
         "MaxConcurrentTransforms": 2,
         "BatchStrategy": "MULTI_RECORD",
         "MaxPayloadInMB": 6,
+        "TableContentType": ARROW,
     }
+
+
+@pytest.mark.parametrize("served", [["upper"], ["double", "x", "y"]])
+def test_who_takes_bytes_or_names_the_fields_of_csv_asks_for_no_tables(serve_it: Serve, served: list[str]):
+    assert "TableContentType" not in json.loads(get(serve_it(*served), "/execution-parameters")[1])
 
 
 def test_served_function_answers_what_it_answers_in_process(open_served: Callable[..., Opened]):
@@ -162,6 +168,10 @@ def test_parameters_are_the_constructors(serve_it: Serve):
 def test_lines_and_whole_bodies_go_to_functions_of_bytes(serve_it: Serve):
     assert ask(serve_it("upper"), b"a,b\nc\n", CSV) == (200, CSV, b"A,B\nC\n")
     assert ask(serve_it("size"), b"\x89PNG", "image/png") == (200, JSON_LINES, b'{"prediction":4}\n')
+
+
+def test_bytes_that_a_table_is_answered_with_are_lines(serve_it: Serve):
+    assert ask(serve_it("labels"), bytes(encode(TABLE, ARROW)), ARROW) == (200, CSV, b"a\n?\n")
 
 
 def test_values_without_names_are_predictions(serve_it: Serve):

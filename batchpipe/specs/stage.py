@@ -173,7 +173,9 @@ class StageSpec(Spec):
     endpoint: EndpointSpec | None = Field(default=None, description="A URL that already serves the SageMaker contract.")
     params: dict[str, Any] = Field(default={}, description="Keyword arguments of the callable, passed as they are.")
     content_type: ContentType | None = Field(
-        default=None, description="Content type of the requests; by default what arrives from the stage before."
+        default=None,
+        description="Content type of the requests; by default that of the records, and for a table what the server "
+        "advises.",
     )
     accept: ContentType | None = Field(
         default=None, description="Content type asked for; by default the next stage's stated content_type."

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from batchpipe import content
+
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
 
@@ -25,6 +27,8 @@ class Advice:
     max_payload_mb: float | None = None
     max_concurrent_transforms: int | None = None
     single_record: bool | None = None
+    table_type: str | None = None
+    """What it wants tables sent as. A key of ours, which `batchpipe serve` states and other readers pass over."""
 
     @classmethod
     def of(cls, document: object) -> "Advice":
@@ -36,6 +40,7 @@ class Advice:
             payload,
             None if concurrency is None else math.ceil(concurrency),
             strategies.get(_plain(str(said.get("batchstrategy", "")))),
+            _tabular(said.get("tablecontenttype")),
         )
 
     def as_document(self) -> dict[str, object]:
@@ -45,6 +50,7 @@ class Advice:
             "MaxPayloadInMB": self.max_payload_mb,
             "MaxConcurrentTransforms": self.max_concurrent_transforms,
             "BatchStrategy": strategy,
+            "TableContentType": self.table_type,
         }
         return {key: value for key, value in said.items() if value is not None}
 
@@ -59,6 +65,12 @@ def _positive(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if 0 < number < math.inf else None
+
+
+def _tabular(value: Any) -> str | None:
+    """A media type that can hold a table; without parameters, which would promise what nobody then does."""
+    media_type, _ = content.parse_content_type(value) if isinstance(value, str) else ("", {})
+    return media_type if media_type in content.TABULAR else None
 
 
 def contract_environment(stage: "StageSpec", job: "Job", port: int, safe_range: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ class Exchange:
     single_record: bool
     """Whether the stage takes one record a request, whatever the content type could hold."""
     table_type: str
-    """What a table goes as where no content type is stated: as it came, if over HTTP, else as CSV."""
+    """What a table goes as where no content type is stated: as advised, else as it came, if over HTTP, else as CSV."""
     next_type: str
     """What the next stage takes, where it is called over HTTP too and states it; else empty."""
 
@@ -40,6 +40,7 @@ class Exchange:
         """Put together what the job states, what the next stage states, and what the server advises."""
         position = [other.name for other in job.stages].index(stage.name)
         following = job.stages[position + 1 : position + 2]
+        follows_http = position > 0 and job.stages[position - 1].is_http
         single_record = job.batch.max_records == 1
         if job.batch.max_records is None and advice.single_record is not None:
             single_record = advice.single_record
@@ -51,7 +52,7 @@ class Exchange:
             answer_key=stage.answer_key or "",
             is_counted=stage.count != "none",
             single_record=single_record,
-            table_type=content.ARROW if position and job.stages[position - 1].is_http else content.CSV,
+            table_type=advice.table_type or (content.ARROW if follows_http else content.CSV),
             next_type=(following[0].content_type or "") if following and following[0].is_http else "",
         )
 
