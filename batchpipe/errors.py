@@ -15,6 +15,8 @@ constructor's own arguments, so an error survives the pickling between a worker 
 
 MAX_LOG_CHARACTERS = 2_000
 """Dask replaces an exception whose text is very long by a bare ``Exception``; a log's tail stays well below."""
+_UNDER = "\n         "
+"""Further lines of a detail stand below its first, behind the label."""
 
 
 class BatchpipeError(Exception):
@@ -34,7 +36,7 @@ class BatchpipeError(Exception):
 
     def __str__(self) -> str:
         lines = [self.message]
-        lines += [f"  {label} {text}" for label, text in self._details() if text]
+        lines += [f"  {label} {text}".replace("\n", _UNDER) for label, text in self._details() if text]
         return "\n".join(lines)
 
     def _details(self) -> list[tuple[str, str]]:

@@ -14,6 +14,8 @@ from batchpipe.split import InputObject, Split
 from batchpipe.storage import join
 
 HIDDEN = "_batchpipe"
+TRIAL = "check-"
+"""What the run id of a `check` begins with, of which nothing is kept."""
 SINGLE_RECORDS_TOGETHER = 64
 _ENDINGS = {"parquet": ".parquet", "csv": ".csv", "jsonl": ".jsonl", "raw": ".out"}
 _COMPRESSED_ENDINGS = {"gzip": ".gz", "zstd": ".zst"}

@@ -14,9 +14,9 @@ from pathlib import Path
 from batchpipe.chain import Chain, open_chain
 from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.job import Job
-from batchpipe.orders import HIDDEN
+from batchpipe.orders import HIDDEN, TRIAL
 from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX, write_private
-from batchpipe.redact import secrets_of
+from batchpipe.redact import clean_uri, secrets_of
 from batchpipe.stages import StageContext
 from batchpipe.stages.callable import forget_imports
 from batchpipe.stages.watcher import Watcher, open_watcher
@@ -48,12 +48,11 @@ class Held:
         return self.isolated
 
     def close(self) -> None:
-        """Close the stages, keep their logs beside the output, and release the rest."""
+        """Close the stages, then release the rest; their logs are kept beside the output on the way."""
         with self.release:
             if self.isolated:
                 self.isolated.close_children()
             self.chain.close()
-            _keep_logs(self.job, self.run_id, self.logs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,10 @@ def _open(job: Job, run_id: str, ended: threading.Event) -> Held:
             scratch, watcher = _open_scratch(run_id, release)
             logs = scratch / "logs"
             logs.mkdir()
-        chain = open_chain(job, StageContext(run_id, _copy, scratch, logs, secrets_of(job)), watcher, ended)
+            release.callback(_keep_logs, job, run_id, logs)  # those of stages that did not start too
+        kept = "" if run_id.startswith(TRIAL) else clean_uri(_logs_uri(job, run_id))
+        context = StageContext(run_id, _copy, scratch, logs, secrets_of(job), kept_logs=kept)
+        chain = open_chain(job, context, watcher, ended)
         return Held(chain, job, run_id, logs, release.pop_all(), watcher)
 
 
@@ -160,9 +162,13 @@ def _open_scratch(run_id: str, release: contextlib.ExitStack) -> tuple[Path, Wat
     return scratch, watcher
 
 
+def _logs_uri(job: Job, run_id: str) -> str:
+    return join(job.output.uri, HIDDEN, run_id, "logs")
+
+
 def _keep_logs(job: Job, run_id: str, logs: Path) -> None:
     """Put the stages' logs under the run's ``logs/``. A log that cannot be kept fails no run."""
     store = open_store(job.output.uri, job.output.storage_options)
-    for log in sorted(logs.glob("*.log")) if logs.is_absolute() else ():
+    for log in sorted(logs.glob("*.log")):
         with contextlib.suppress(BatchpipeError, OSError):
-            store.put(join(job.output.uri, HIDDEN, run_id, "logs", log.name), log.read_bytes())
+            store.put(join(_logs_uri(job, run_id), log.name), log.read_bytes())

@@ -39,7 +39,8 @@ def make_context(
 ) -> StageContext:
     """What a worker would hand to the stages of this job."""
     (folder / "scratch").mkdir(parents=True, exist_ok=True)
-    return StageContext(run_id, copy, folder / "scratch", folder / "logs", secrets_of(job), advice or {})
+    folders = (folder / "scratch", folder / "logs")
+    return StageContext(run_id, copy, *folders, secrets_of(job), advice or {}, kept_logs="out/logs")
 
 
 class Opened:

@@ -141,7 +141,7 @@ class StageContract:
             open_server(environment={"STAGE_EXIT": "3"})
 
         assert time.monotonic() - started < 10
-        assert "log:   no model for None\n        (last 1 of 1 lines; all in logs/stage.log)" in str(error.value)
+        assert "log:   no model for None\n         (last 1 of 1 lines; all in out/logs/stage.log)" in str(error.value)
         assert not left()
 
     def test_server_that_never_pings_is_given_up(self, open_server: Open, left: Callable[[], list[str]]):

@@ -239,9 +239,11 @@ def flood(megabytes: int) -> None:
 
 
 def start() -> None:
-    """Serve on the contract's port; STAGE_EXIT, _EAT (MB), _IGNORE_TERM and _ONCE (a file) come before a ping."""
+    """Serve on the contract's port; STAGE_LINES, _EXIT, _EAT (MB), _IGNORE_TERM and _ONCE (a file) come before it."""
     if "STAGE_IGNORE_TERM" in os.environ:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in range(int(os.environ.get("STAGE_LINES", "0"))):
+        print("line", number, flush=True)
     if "STAGE_EXIT" in os.environ:
         print("no model for", os.environ.get("TOKEN"), flush=True)
         sys.exit(int(os.environ["STAGE_EXIT"]))

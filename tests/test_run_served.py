@@ -117,6 +117,27 @@ def test_stage_that_does_not_start_ends_the_run_with_4_at_once(
     assert not jobs.left()
 
 
+def test_log_of_a_stage_that_did_not_start_lies_where_the_error_says(jobs: Jobs, stage: Stage):
+    job = write_job(jobs, [stage("broken", environment={"STAGE_EXIT": "3", "STAGE_LINES": "2"})], "1")
+
+    result = jobs.run("run", job)
+
+    place = re.search(
+        r"  log:   line 0\n         line 1\n         no model for None\n         \(last 3 of 3 lines; all in (\S+)\)\n",
+        result.err,
+    )
+    assert place, result.err
+    assert (jobs.folder / place[1]).read_text() == "line 0\nline 1\nno model for None\n"
+
+
+def test_check_names_no_log_for_it_keeps_none(jobs: Jobs):
+    result = jobs.run("check", write_job(jobs, [process_stage("broken", environment={"STAGE_EXIT": "3"})], "1"))
+
+    assert result.code == 4
+    assert "  log:   no model for None\n         (last 1 of 1 lines)\n" in result.err
+    assert not jobs.hidden("**/*.log")
+
+
 def test_record_that_kills_its_server_ends_the_run_with_5_by_default(
     jobs: Jobs, stage: Stage, servers: Callable[[], list[str]]
 ):

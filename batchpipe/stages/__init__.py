@@ -93,6 +93,12 @@ class StageContext:
     secrets: frozenset[str] = frozenset()
     advice: Mapping[str, object] = field(default_factory=dict)
     """What the container's ``/execution-parameters`` said at the probe, sent along so that the plan stays fixed."""
+    kept_logs: str = ""
+    """The folder or URL where the run keeps what is in ``logs``, for an error's text; empty where it keeps nothing."""
+
+    def kept_log(self, name: str) -> str:
+        """Where one of the logs is kept; empty where none is."""
+        return f"{self.kept_logs}/{name}" if self.kept_logs else ""
 
 
 class OpenStage(Protocol):

@@ -203,7 +203,7 @@ class Container:
         return Ending(how, next=f"set stages.{self._stage}.container.memory_mb={more}")
 
     def log_tail(self) -> str:
-        return tail(self._read_log(), self._context.secrets, self._log_name)
+        return tail(self._read_log(), self._context.secrets, self._context.kept_log(self._log_name))
 
     def close(self) -> None:
         _try(self._engine, "stop", f"-t={STOP_S}", self.name)

@@ -24,13 +24,16 @@ def log_name(stage: str, copy: int) -> str:
 
 
 def tail(text: str, secrets: frozenset[str], kept_as: str) -> str:
-    """Return the last lines of a log for an error's text, masked, and where the rest is; empty for an empty log."""
+    """Return the last lines of a log for an error's text, masked, and where the rest is; empty for an empty log.
+
+    ``kept_as`` is where the whole log will be found; empty where it is not kept.
+    """
     lines = mask(text, secrets).splitlines()
     if not lines:
         return ""
-    rest = f"(last {min(TAIL_LINES, len(lines)):,} of {len(lines):,} lines; all in logs/{kept_as})"
-    last = "\n        ".join(lines[-TAIL_LINES:])
-    return f"{last[-(MAX_LOG_CHARACTERS - 200) :]}\n        {rest}"
+    place = f"; all in {kept_as}" if kept_as else ""
+    rest = f"\n(last {min(TAIL_LINES, len(lines)):,} of {len(lines):,} lines{place})"
+    return "\n".join(lines[-TAIL_LINES:])[-(MAX_LOG_CHARACTERS - len(rest)) :] + rest
 
 
 @dataclass(frozen=True, slots=True)

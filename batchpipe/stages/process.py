@@ -77,7 +77,7 @@ class _Process:
         return Ending(f"its process {how} after {time.monotonic() - self._started:.1f} s")
 
     def log_tail(self) -> str:
-        return tail(self._read_log(), self._context.secrets, self._log.name)
+        return tail(self._read_log(), self._context.secrets, self._context.kept_log(self._log.name))
 
     def close(self) -> None:
         self._child.stop()
