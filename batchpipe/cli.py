@@ -327,7 +327,11 @@ def clean(output: str | None, unfinished: bool) -> None:
 def serve(
     reference: str, params: tuple[str, ...], columns: str, threads: int, host: str | None, contract: str | None
 ) -> None:
-    """Serve a callable as a stage: /ping, /execution-parameters and /invocations."""
+    """Serve a callable as a stage: /ping, /execution-parameters and /invocations.
+
+    The port is that of the environment variable SAGEMAKER_BIND_TO_PORT, 8080 where it is not set; the largest request
+    has SAGEMAKER_MAX_PAYLOAD_IN_MB, 100 by default. A run sets the port of its stages itself.
+    """
     import yaml
 
     from batchpipe.serve import EVERYWHERE, LOOPBACK
@@ -335,8 +339,14 @@ def serve(
 
     host = host or (EVERYWHERE if contract else LOOPBACK)  # engines append `serve` to an image's command
 
-    values = {name: yaml.safe_load(value) for name, value in _pairs(params, "--param").items()}
-    serve_callable(reference, values, [name for name in columns.split(",") if name], threads=threads, host=host)
+    try:
+        values = {name: yaml.safe_load(value) for name, value in _pairs(params, "--param").items()}
+    except yaml.YAMLError as error:
+        raise click.UsageError(
+            f"--param takes a value as in YAML, with quotes around text that is none: {error}"
+        ) from error
+    names = [name for name in columns.split(",") if name]
+    serve_callable(reference, values, names, threads=threads, host=host, say=lambda line: click.echo(line, err=True))
 
 
 @commands.command()

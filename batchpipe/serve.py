@@ -3,23 +3,26 @@
 The same conversions and the same `CallableStage` as in a run: what it computes is the same by construction.
 """
 
+import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from aiohttp import web
+from pydantic import ValidationError
 
 from batchpipe import content
 from batchpipe.batch import ByteRecords, Records
 from batchpipe.content import ARROW, CSV, JSON, JSON_LINES, ContentError
+from batchpipe.errors import JobError, StageStartError
 from batchpipe.job import Job
 from batchpipe.specs.spec import MB
 from batchpipe.stages import InvocationFailed, Remedy
 from batchpipe.stages.callable import CallableStage, open_callable
-from batchpipe.stages.contract import NO_REMEDY, PORT
+from batchpipe.stages.contract import NO_REMEDY, PAYLOAD, PORT
 from batchpipe.stages.tables import can_be_table, take_header, to_table
 
 MAX_WAITING = 100
@@ -46,27 +49,59 @@ class _Asked:
 
 
 def serve(
-    reference: str, params: Mapping[str, Any], columns: Sequence[str] = (), *, threads: int = 1, host: str = LOOPBACK
+    reference: str,
+    params: Mapping[str, Any],
+    columns: Sequence[str] = (),
+    *,
+    threads: int = 1,
+    host: str = LOOPBACK,
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Serve a callable on an address until SIGTERM or SIGINT, then finish what was begun.
 
-    ``columns`` names the fields of CSV that comes without a header; ``threads`` may enter the callable at once.
-    The port and the largest payload are the contract's variables, 8080 and 100 MB where these are not set.
-    Raises JobError where it cannot be imported, StageStartError where its constructor raises, OSError for the port.
+    ``columns`` names the fields of CSV that comes without a header; ``threads`` may enter the callable at once;
+    ``say`` is told in a line when the server listens. The port and the largest payload are the contract's variables,
+    8080 and 100 MB where these are not set.
+    Raises JobError where it cannot be imported, StageStartError where its constructor raises or the port is taken.
     """
+    port, max_payload_mb = int(_number(PORT, DEFAULT_PORT)), _number(PAYLOAD, MAX_PAYLOAD_MB)
     stage = open_for_serving(reference, params, threads)
-    max_payload_mb = float(os.environ.get("SAGEMAKER_MAX_PAYLOAD_IN_MB") or MAX_PAYLOAD_MB)
     app = make_app(stage, columns=tuple(columns), max_payload_mb=max_payload_mb)
-    web.run_app(app, host=host, port=int(os.environ.get(PORT) or DEFAULT_PORT), print=None, access_log=None)
+    line = f"serving {reference} on http://{host}:{port} (another port: {PORT}; Ctrl-C ends it)"
+    announce = (lambda _: say(line)) if say else None  # aiohttp prints its own line once it listens
+    try:
+        web.run_app(app, host=host, port=port, print=announce, access_log=None)
+    except (OSError, OverflowError) as exc:
+        raise _cannot_listen(f"{host}:{port}", exc, f"{PORT}={port + 1} batchpipe serve {reference} ...") from exc
+
+
+def _number(variable: str, default: float) -> float:
+    text = os.environ.get(variable) or str(default)
+    try:
+        return float(text)
+    except ValueError as exc:
+        advice = f"{variable}={default:g} batchpipe serve ..., or leave it unset for {default:g}"
+        raise JobError(f"the environment variable {variable} is {text!r}, which is no number", next=advice) from exc
+
+
+def _cannot_listen(address: str, error: OSError | OverflowError, other_port: str) -> StageStartError:
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        msg = f"cannot listen on {address}: another program has the port"
+        return StageStartError(msg, next=f"choose another one: {other_port}")
+    advice = f"choose another address by --host, or another port by {PORT}"
+    return StageStartError(f"cannot listen on {address}: {error}", next=advice)
 
 
 def open_for_serving(reference: str, params: Mapping[str, Any], threads: int = 1) -> CallableStage:
     """Open a callable as the only stage of a job, its module looked for in the working directory first."""
     stage = {"callable": reference, "params": dict(params), "thread_safe": threads > 1}
     stage["max_concurrent_transforms"] = threads
-    job = Job.model_validate(
-        {"input": {"uri": "-"}, "stages": [stage], "output": {"uri": "served"}, "python_path": [str(Path.cwd())]}
-    )
+    blocks = {"input": {"uri": "-"}, "output": {"uri": "served"}, "python_path": [str(Path.cwd())]}
+    try:
+        job = Job.model_validate({"stages": [stage], **blocks})
+    except ValidationError as exc:
+        advice = f"batchpipe serve {reference.partition(':')[0] or 'MODULE'}:ATTRIBUTE"
+        raise JobError(f"cannot serve {reference!r}: it must be module:attribute", next=advice) from exc
     return open_callable(job.stages[0], job)
 
 

@@ -5,6 +5,8 @@ import http.client
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from batchpipe.batch import ByteRecords
 from batchpipe.content import ARROW, CSV, JSON, JSON_LINES, encode
 from batchpipe.convert import from_answer, to_dataframe
 from batchpipe.errors import JobError, StageStartError
-from batchpipe.serve import make_app, open_for_serving
+from batchpipe.serve import make_app, open_for_serving, serve
 from batchpipe.stages import Answer, Remedy
 from batchpipe.stages.contract import wait_until_ready
 from batchpipe.stages.ports import take_ports
@@ -243,6 +245,64 @@ def test_what_cannot_be_imported_or_constructed_is_told():
         open_for_serving("tests.served:Scale", {"by": -1})
 
 
+@pytest.mark.parametrize(
+    ("reference", "command"), [("scoring", "scoring:ATTRIBUTE"), (":f", "MODULE:ATTRIBUTE"), ("a:", "a:ATTRIBUTE")]
+)
+def test_reference_without_an_attribute_is_told_by_the_command_that_has_one(reference: str, command: str):
+    with pytest.raises(JobError) as error:
+        open_for_serving(reference, {})
+
+    text = f"cannot serve {reference!r}: it must be module:attribute\n  next:  batchpipe serve {command}"
+    assert str(error.value) == text
+
+
+def test_port_that_is_taken_is_told_with_how_to_choose_another(monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setenv("SAGEMAKER_BIND_TO_PORT", str(port))
+
+        with pytest.raises(StageStartError) as error:
+            serve("tests.served:double", {})
+
+    assert error.value.message == f"cannot listen on 127.0.0.1:{port}: another program has the port"
+    another = f"SAGEMAKER_BIND_TO_PORT={port + 1} batchpipe serve tests.served:double ..."
+    assert error.value.next == f"choose another one: {another}"
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "why"),
+    [("127.0.0.1", "70000", "port must be 0-65535"), ("192.0.2.1", "8080", "requested address")],
+)
+def test_address_that_cannot_be_had_is_told(monkeypatch: pytest.MonkeyPatch, host: str, port: str, why: str):
+    monkeypatch.setenv("SAGEMAKER_BIND_TO_PORT", port)
+
+    with pytest.raises(StageStartError, match=f"^cannot listen on {host}:{port}: .*{why}") as error:
+        serve("tests.served:double", {}, host=host)
+
+    assert error.value.next == "choose another address by --host, or another port by SAGEMAKER_BIND_TO_PORT"
+
+
+@pytest.mark.parametrize(
+    ("variable", "default"), [("SAGEMAKER_BIND_TO_PORT", "8080"), ("SAGEMAKER_MAX_PAYLOAD_IN_MB", "100")]
+)
+def test_variable_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch, variable: str, default: str):
+    monkeypatch.setenv(variable, "many")
+
+    with pytest.raises(JobError, match=f"the environment variable {variable} is 'many', which is no number") as error:
+        serve("tests.served:double", {})
+
+    assert error.value.next == f"{variable}={default} batchpipe serve ..., or leave it unset for {default}"
+
+
+def test_parameter_that_is_no_yaml_is_2_and_says_so():
+    command = [sys.executable, "-m", "batchpipe", "serve", "tests.served:Scale", "--param", "by=["]
+
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert ran.returncode == 2
+    assert "Error: --param takes a value as in YAML, with quotes around text that is none: " in ran.stderr
+
+
 def test_server_listens_on_the_contracts_port_and_ends_at_sigterm():
     ports = take_ports()
     code = "from batchpipe.serve import serve; serve('tests.served:double', {})"
@@ -266,14 +326,18 @@ def test_G7_only_an_image_that_is_told_to_serve_is_reached_from_elsewhere(argume
     ports = take_ports()
     command = [sys.executable, "-m", "batchpipe", "serve", "tests.served:double", *arguments]
     environment = {**os.environ, "SAGEMAKER_BIND_TO_PORT": str(ports.port)}
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
 
-    with running(command, env=environment, cwd=Path(__file__).parent.parent) as server:
+    with running(command, env=environment, cwd=Path(__file__).parent.parent, **options) as server:
         wait_until_ready("127.0.0.1" if host == "0.0.0.0" else host, ports.port, 60, lambda: None)
         listening = {
             found.laddr.ip for found in psutil.Process(server.pid).net_connections() if found.status == "LISTEN"
         }
         server.send_signal(signal.SIGTERM)
+        said = server.communicate(timeout=30)[1]
 
-        assert server.wait(30) == 0
+        assert server.returncode == 0
     ports.close()
     assert listening == {host}
+    address = f"http://{host}:{ports.port}"
+    assert said == f"serving tests.served:double on {address} (another port: SAGEMAKER_BIND_TO_PORT; Ctrl-C ends it)\n"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 PING_TIMEOUT_S = 2.0
 LONGEST_PAUSE_S = 0.25
 PORT = "SAGEMAKER_BIND_TO_PORT"
+PAYLOAD = "SAGEMAKER_MAX_PAYLOAD_IN_MB"
 NO_REMEDY = "x-batchpipe-broken"
 """A header of `batchpipe serve`: the callable breaks its contract, so that sending less at once would hide it (G8)."""
 
@@ -78,7 +79,7 @@ def contract_environment(stage: "StageSpec", job: "Job", port: int, safe_range: 
     payload_mb = stage.max_payload_mb or job.batch.max_payload_mb
     concurrency = stage.max_concurrent_transforms or job.batch.max_concurrent_transforms
     stated = {
-        "SAGEMAKER_MAX_PAYLOAD_IN_MB": None if payload_mb is None else math.ceil(payload_mb),
+        PAYLOAD: None if payload_mb is None else math.ceil(payload_mb),
         "SAGEMAKER_MAX_CONCURRENT_TRANSFORMS": concurrency,
     }
     return {
