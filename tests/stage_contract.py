@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tarfile
 import threading
 import time
@@ -142,14 +143,19 @@ class StageContract:
 
         assert time.monotonic() - started < 10
         assert "log:   no model for None\n         (last 1 of 1 lines; all in out/logs/stage.log)" in str(error.value)
+        assert error.value.next.startswith("see its log, or start it by hand: ")
         assert not left()
 
     def test_server_that_never_pings_is_given_up(self, open_server: Open, left: Callable[[], list[str]]):
         text = r"did not start: no 200 from /ping within 5 s \(startup_timeout_s\), at last HTTP 503"
 
-        with pytest.raises(StageStartError, match=text):
+        with pytest.raises(StageStartError, match=text) as error:
             open_server(environment={"STAGE_PING": "503"}, startup_timeout_s=5)
 
+        advice = (
+            r"if it needs longer, --set stages\.stage\.\w+\.startup_timeout_s=10; else see its log, or start it by "
+        )
+        assert re.match(advice, error.value.next)
         assert not left()
 
     def test_waiting_ends_when_another_stage_did_not_start(self, open_server: Open, left: Callable[[], list[str]]):

@@ -226,11 +226,14 @@ def test_network_is_chosen_by_name(open_server: Open, engine: str, left: Callabl
 
 
 @pytest.mark.parametrize(
-    ("missing", "needed"),
-    [("is_local", "an engine that runs on this very Linux"), ("has_reachable_networks", "podman's netavark: ")],
+    ("missing", "needed", "advice"),
+    [
+        ("is_local", "an engine that runs on this very Linux", "leave network out, or run the stage where the engine"),
+        ("has_reachable_networks", "podman's netavark: ", "install netavark and state network_backend"),
+    ],
 )
 def test_network_none_is_refused_where_the_container_could_not_be_reached(
-    image: str, open_server: Open, monkeypatch: pytest.MonkeyPatch, missing: str, needed: str
+    image: str, open_server: Open, monkeypatch: pytest.MonkeyPatch, missing: str, needed: str, advice: str
 ):
     monkeypatch.setattr(f"batchpipe.stages.engine.Engine.{missing}", False)
 
@@ -238,6 +241,16 @@ def test_network_none_is_refused_where_the_container_could_not_be_reached(
         open_server(network="none")
 
     assert error.value.exit_code == 4
+    assert error.value.next.startswith(advice)
+
+
+def test_network_that_does_not_exist_says_so(open_server: Open, left: Callable[[], list[str]]):
+    with pytest.raises(StageStartError, match=r"image '.*': .*no-such-network.* not found") as error:
+        open_server(network="no-such-network")
+
+    advice = "correct the stage's container block, or try the image by hand: "
+    assert error.value.next.startswith(advice)
+    assert not left()
 
 
 def test_network_host_is_given_by_name(open_server: Open):
@@ -266,13 +279,24 @@ def test_container_that_runs_out_of_memory_says_so(open_server: Open):
     assert message.endswith("; set stages.stage.container.memory_mb=128")
 
 
-def test_image_that_does_not_exist_says_so(open_server: Open, left: Callable[[], list[str]]):
-    with pytest.raises(
-        StageStartError, match=r"^stage 'stage' did not start: image '127.0.0.1:9/no/such:1': .*connection refused"
-    ):
-        open_server(image="127.0.0.1:9/no/such:1")
+def test_image_that_does_not_exist_says_so(open_server: Open, engine: str, left: Callable[[], list[str]]):
+    name = "127.0.0.1:9/no/such:1"
+    text = f"^stage 'stage' did not start: image '{name}' is not on this machine and cannot be pulled: .*refused"
 
+    with pytest.raises(StageStartError, match=text) as error:
+        open_server(image=name)
+
+    advice = f"make it here: {engine} build -t {name} FOLDER; or see why it cannot be had: {engine} pull {name}"
+    assert error.value.next == advice
     assert not left()
+
+
+def test_container_that_does_not_start_is_told_with_its_command_by_hand(open_server: Open, engine: str, image: str):
+    with pytest.raises(StageStartError) as error:
+        open_server(environment={"STAGE_EXIT": "3"})
+
+    by_hand = f"{engine} run --rm -it -p 127.0.0.1:8080:8080 {image} serve"
+    assert error.value.next == f"see its log, or start it by hand: {by_hand}"
 
 
 def test_fetching_an_image_ends_when_another_stage_did_not_start(
@@ -289,7 +313,7 @@ def test_fetching_an_image_ends_when_another_stage_did_not_start(
 
     threading.Thread(target=cancel).start()
 
-    with pytest.raises(StageStartError, match=r"image 'no-such': was not waited for: another stage did not start"):
+    with pytest.raises(StageStartError, match=r"cannot be pulled: was not waited for: another stage did not start"):
         open_server(image="no-such", cancelled=cancelled)
 
 
@@ -310,9 +334,12 @@ def test_no_engine_says_what_was_tried(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "docker").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    text = r"docker does not answer \(Error: cannot connect to the daemon\); podman is not installed"
-    with pytest.raises(EngineError, match=text):
+    text = (
+        r"no container engine answers: docker does not answer \(Error: cannot connect to the daemon\); podman is not "
+    )
+    with pytest.raises(EngineError, match=text) as error:
         find_engine()
+    assert error.value.next.startswith("start one, `docker info` or `podman info` must answer; DOCKER_HOST says where ")
 
 
 def test_networks_are_listed_as_podman_describes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -307,5 +307,9 @@ def test_file_that_is_no_archive_is_refused(open_model, tmp_path: Path):
 
 
 def test_missing_model_is_told_by_its_address_without_secrets(open_model, tmp_path: Path):
-    with pytest.raises(StageStartError, match=r"its model_data '.*/nothing' cannot be used: there is nothing there"):
+    text = rf"its model_data '.*/nothing' cannot be used: there is nothing at file://{tmp_path}/nothing"
+    with pytest.raises(StageStartError, match=text) as error:
         open_model(tmp_path / "nothing")
+
+    advice = "put a folder, a tar.gz or a zip there, or correct stages.stage.process.model_data: a path is relative "
+    assert error.value.next == f"{advice}to the job file's folder"

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from batchpipe.errors import StageStartError
+from batchpipe.stages import CannotStart
 from batchpipe.stages.ports import BLOCK, take_ports
 from batchpipe.stages.process import open_process
 from batchpipe.stages.watcher import open_watcher
@@ -82,11 +83,33 @@ def test_contract_wins_over_what_the_worker_inherited(open_server: Open, monkeyp
     assert open_server().csv("!environment SAGEMAKER_BATCH") == ["true"]
 
 
-def test_command_that_does_not_exist_says_so(open_server: Open, left: Callable[[], list[str]]):
-    with pytest.raises(StageStartError, match=r"stage 'stage' did not start: .*No such file or directory: 'no-such'"):
+def test_command_that_does_not_exist_says_so(open_server: Open, left: Callable[[], list[str]], tmp_path: Path):
+    with pytest.raises(StageStartError, match=r"^stage 'stage' did not start: its command 'no-such' was not ") as error:
         open_server(command=["no-such"])
 
+    place = f"a name is looked for in PATH, a path from {tmp_path}"
+    assert error.value.next == f"install it where the workers run, or correct stages.stage.process.command: {place}"
     assert not left()
+
+
+def test_command_that_cannot_be_run_says_why(open_server: Open, tmp_path: Path):
+    (tmp_path / "server").write_text("#!/bin/sh\n")
+
+    with pytest.raises(StageStartError, match=r"its command './server' cannot be run: Permission denied") as error:
+        open_server(command=["./server"])
+
+    advice = "make it a program that can be run (chmod +x), or correct stages.stage.process.command"
+    assert error.value.next == advice
+
+
+def test_server_that_does_not_start_is_told_with_its_command_by_hand_and_no_secret(open_server: Open, tmp_path: Path):
+    with pytest.raises(StageStartError) as error:
+        open_server(
+            command=[*SERVER, "--key", "s3cr3t-token"], environment={"STAGE_EXIT": "3", "TOKEN": "s3cr3t-token"}
+        )
+
+    by_hand = f"cd {tmp_path} && SAGEMAKER_BIND_TO_PORT=8080 {' '.join(SERVER)} --key ***"
+    assert error.value.next == f"see its log, or start it by hand: {by_hand}"
 
 
 def test_server_that_was_killed_names_the_signal(open_server: Open):
@@ -143,5 +166,8 @@ def test_no_free_ports_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("batchpipe.stages.ports._FIRST", 20_000)
     monkeypatch.setattr("batchpipe.stages.ports._LAST", 20_000)
 
-    with pytest.raises(OSError, match="no 16 consecutive ports are free between 20000 and 20000"):
+    with pytest.raises(CannotStart, match="no 16 consecutive ports are free between 20000 and 20000") as error:
         take_ports()
+
+    advice = "`ss -ltn` lists who holds them; end what is not needed, or run fewer workers here"
+    assert error.value.next == advice

@@ -79,6 +79,14 @@ def _rebuild(reason: str, message: str, remedy: Remedy, details: dict[str, Any])
     return InvocationFailed(reason, message, remedy, **details)
 
 
+class CannotStart(OSError):
+    """Why a server cannot be started, and what to type ``next``; who knows the stage makes a StageStartError of it."""
+
+    def __init__(self, why: str, *, next: str = "") -> None:
+        super().__init__(why)
+        self.next = next
+
+
 @dataclass(frozen=True, slots=True)
 class StageContext:
     """What a worker tells a stage that it opens: where it may write, and which copy of the chain it belongs to."""

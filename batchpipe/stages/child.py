@@ -155,4 +155,8 @@ class Child:
                 time.sleep(0.01)
         self.kill()
         log = self._log.read_text(errors="replace")
-        raise StageStartError(f"stage {name!r} did not start in a process of its own, as it did in its worker", log=log)
+        raise StageStartError(
+            f"stage {name!r} did not start in a process of its own, as it did in its worker",
+            log=log,
+            next="see its log: is there memory for a second one? the same command then resumes the run",
+        )

@@ -16,10 +16,10 @@ from batchpipe.specs.spec import MB
 from batchpipe.stages import StageContext
 from batchpipe.stages.contract import PORT, contract_environment, devices_of
 from batchpipe.stages.engine import OWNER_LABEL, RUN_LABEL, STAGE_LABEL, Engine, EngineError, find_engine
-from batchpipe.stages.http import Ending, HttpStage, Server
+from batchpipe.stages.http import Ending, HttpStage
 from batchpipe.stages.logs import keep_log, log_name, tail
 from batchpipe.stages.ports import take_ports
-from batchpipe.stages.served import Address, open_served
+from batchpipe.stages.served import Running, open_served
 from batchpipe.stages.watcher import Watcher
 from batchpipe.storage.owner import this_process
 
@@ -47,7 +47,7 @@ def open_container(
     spec = stage.container
     assert spec
 
-    def start(watcher: Watcher, model: Path | None, held: ExitStack) -> tuple[Server, Address]:
+    def start(watcher: Watcher, model: Path | None, held: ExitStack) -> Running:
         engine = find_engine()
         watcher.containers(watcher.label, engine.path)
         labels = _labels(stage, context, watcher)
@@ -63,13 +63,25 @@ def open_container(
         held.callback(container.remove)  # what cannot be started may have been created
         try:
             engine.pull(spec.image, watcher, context.scratch, cancelled)
-            options = [f"--name={container.name}", *labels, *network, *arguments]
+        except EngineError as exc:
+            raise _no_image(engine.name, spec.image, exc) from exc
+        by_hand = f"{engine.name} run --rm -it -p 127.0.0.1:{SERVE_PORT}:{SERVE_PORT} {spec.image} serve"
+        options = [f"--name={container.name}", *labels, *network, *arguments]
+        try:
             _start(engine, [*options, spec.image], environment, watcher, container.folder)
         except EngineError as exc:
-            raise EngineError(f"image {spec.image!r}: {exc}") from exc
-        return container, container.address(int(environment[PORT]))
+            msg = f"image {spec.image!r}: {exc}"
+            raise EngineError(
+                msg, next=f"correct the stage's container block, or try the image by hand: {by_hand}"
+            ) from exc
+        return Running(container, container.address(int(environment[PORT])), by_hand)
 
     return open_served(stage, job, context, start, watcher, cancelled)
+
+
+def _no_image(engine: str, image: str, error: EngineError) -> EngineError:
+    advice = f"make it here: {engine} build -t {image} FOLDER; or see why it cannot be had: {engine} pull {image}"
+    return EngineError(f"image {image!r} is not on this machine and cannot be pulled: {error}", next=advice)
 
 
 def _labels(stage: "StageSpec", context: StageContext, watcher: Watcher) -> list[str]:
@@ -117,12 +129,14 @@ def _network(
         if not engine.is_local:
             raise EngineError(
                 "network: none needs an engine that runs on this very Linux machine, as root: elsewhere a container"
-                " without a network cannot be reached; leave network out, or run the stage where the engine is"
+                " without a network cannot be reached",
+                next="leave network out, or run the stage where the engine is",
             )
         if not engine.has_reachable_networks:
             raise EngineError(
                 "network: none needs podman's netavark: this podman makes its networks with CNI, and one without a way"
-                " out cannot be reached from here either; install netavark and state network_backend in containers.conf"
+                " out cannot be reached from here either",
+                next="install netavark and state network_backend in containers.conf",
             )
         name = f"batchpipe-{uuid.uuid4().hex[:12]}"
         held.callback(_try, engine, "network", "rm", name)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from batchpipe.stages import CannotStart
 from batchpipe.stages.watcher import Watcher, WatcherLostError
 
 RUN_LABEL = "batchpipe.run"
@@ -26,7 +27,7 @@ START_TIMEOUT_S = 600.0
 POLL_S = 0.01
 
 
-class EngineError(OSError):
+class EngineError(CannotStart):
     """A command of the engine failed; the text is what it said."""
 
 
@@ -115,7 +116,8 @@ def _find_engine(path: str, _host: str) -> Engine:
             continue
         is_podman = name == "podman" or '"OsArch"' in version  # it may be installed as docker
         return Engine("podman" if is_podman else name, command)
-    raise EngineError("; ".join(tried))
+    advice = "start one, `docker info` or `podman info` must answer; DOCKER_HOST says where docker is, if not here"
+    raise EngineError(f"no container engine answers: {'; '.join(tried)}", next=advice)
 
 
 def _run_watched(

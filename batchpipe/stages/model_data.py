@@ -42,8 +42,14 @@ def open_model_data(
         except (BatchpipeError, UnpackError, OSError) as exc:
             why = exc.message if isinstance(exc, BatchpipeError) else str(exc)
             msg = f"stage {stage.name!r} did not start: its model_data {clean_uri(uri)!r} cannot be used: {why}"
-            raise StageStartError(msg) from exc
+            advice = (exc.next if isinstance(exc, BatchpipeError) else "") or _advice(stage)
+            raise StageStartError(msg, next=advice) from exc
         yield folder
+
+
+def _advice(stage: "StageSpec") -> str:
+    key = f"stages.{stage.name}.{stage.kind}.model_data"
+    return f"put a folder, a tar.gz or a zip there, or correct {key}: a path is relative to the job file's folder"
 
 
 def model_version(stage: "StageSpec", uri: str) -> str | None:
@@ -66,7 +72,8 @@ def _open(uri: str, stage: "StageSpec", context: StageContext, cancelled: thread
     store = open_store(uri, stage.storage_options)
     found = _find(store, uri)
     if not found:
-        raise StageStartError("there is nothing there")
+        place = clean_uri(uri) if "://" in uri else f"file://{uri}"  # in full, also where the error shortens paths
+        raise StageStartError(f"there is nothing at {place}")
     entry = _cache_folder(context) / _key(found)
     with _locked(entry.with_suffix(".used"), fcntl.LOCK_SH, cancelled):
         with _locked(entry.with_suffix(".fetched"), fcntl.LOCK_EX, cancelled):

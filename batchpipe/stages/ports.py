@@ -4,6 +4,8 @@ import random
 import socket
 from contextlib import suppress
 
+from batchpipe.stages import CannotStart
+
 BLOCK = 16
 _FIRST, _LAST = 20_000, 32_000
 """Below the range that outgoing connections take their ports from."""
@@ -27,7 +29,7 @@ class PortBlock:
 
 
 def take_ports() -> PortBlock:
-    """Find a block of free ports and hold it. Raises OSError where none is free."""
+    """Find a block of free ports and hold it. Raises CannotStart where none is free."""
     firsts = list(range(_FIRST, _LAST, BLOCK))
     random.shuffle(firsts)
     for first in firsts:
@@ -39,7 +41,8 @@ def take_ports() -> PortBlock:
                 _check_free(port)
             return PortBlock(mark)
         mark.close()
-    raise OSError(f"no {BLOCK} consecutive ports are free between {_FIRST} and {_LAST}")
+    msg = f"no {BLOCK} consecutive ports are free between {_FIRST} and {_LAST}"
+    raise CannotStart(msg, next="`ss -ltn` lists who holds them; end what is not needed, or run fewer workers here")
 
 
 def _bind(port: int) -> socket.socket | None:

@@ -1,6 +1,7 @@
 """A stage that is a command: started by the watcher in a group of its own, it serves the contract on a free port."""
 
 import os
+import shlex
 import sys
 import threading
 import time
@@ -8,12 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchpipe.stages import StageContext
+from batchpipe.stages import CannotStart, StageContext
 from batchpipe.stages.contract import DEVICES, PORT, contract_environment, devices_of
-from batchpipe.stages.http import Ending, HttpStage, Server
+from batchpipe.stages.http import Ending, HttpStage
 from batchpipe.stages.logs import keep_log, log_name, read_log, tail
 from batchpipe.stages.ports import PortBlock, take_ports
-from batchpipe.stages.served import Address, open_served
+from batchpipe.stages.served import Running, open_served
 from batchpipe.stages.watcher import WatchedProcess, Watcher
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def open_process(
     spec = stage.process
     assert spec
 
-    def start(watcher: Watcher, model: Path | None, held: ExitStack) -> tuple[Server, Address]:
+    def start(watcher: Watcher, model: Path | None, held: ExitStack) -> Running:
         ports = take_ports()
         held.callback(ports.close)
         environment = _environment(stage, job, context, ports)
@@ -40,10 +41,23 @@ def open_process(
             environment["SM_MODEL_DIR"] = str(model)
         environment |= spec.environment
         log = context.scratch / log_name(stage.name, context.copy)
-        child = watcher.start(spec.command, env=environment, cwd=job.path.parent, log=log)
-        return _Process(child, log, context), ("127.0.0.1", int(environment[PORT]))
+        try:
+            child = watcher.start(spec.command, env=environment, cwd=job.path.parent, log=log)
+        except OSError as exc:
+            raise _cannot_run(spec.command[0], stage.name, job.path.parent, exc) from exc
+        by_hand = f"cd {shlex.quote(str(job.path.parent))} && {PORT}=8080 {shlex.join(spec.command)}"
+        return Running(_Process(child, log, context), ("127.0.0.1", int(environment[PORT])), by_hand)
 
     return open_served(stage, job, context, start, watcher, cancelled)
+
+
+def _cannot_run(command: str, stage: str, folder: Path, error: OSError) -> CannotStart:
+    if isinstance(error, FileNotFoundError):
+        place = f"stages.{stage}.process.command: a name is looked for in PATH, a path from {folder}"
+        msg = f"its command {command!r} was not found"
+        return CannotStart(msg, next=f"install it where the workers run, or correct {place}")
+    advice = f"make it a program that can be run (chmod +x), or correct stages.{stage}.process.command"
+    return CannotStart(f"its command {command!r} cannot be run: {error.strerror}", next=advice)
 
 
 def _environment(stage: "StageSpec", job: "Job", context: StageContext, ports: PortBlock) -> dict[str, str]:

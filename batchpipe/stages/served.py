@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from batchpipe.errors import StageStartError
 from batchpipe.redact import mask
-from batchpipe.stages import StageContext
+from batchpipe.stages import CannotStart, StageContext
 from batchpipe.stages.connections import Connections
 from batchpipe.stages.contract import Advice, answers_ping, ask_advice, wait_until_ready
 from batchpipe.stages.http import Ending, HttpStage, Server
@@ -19,7 +20,18 @@ if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
 
 Address: TypeAlias = tuple[str, int]
-Start: TypeAlias = Callable[[Watcher, Path | None, ExitStack], tuple[Server, Address]]
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that was started, where it listens, and the command that starts it by hand, for an error's text."""
+
+    server: Server
+    address: Address
+    by_hand: str
+
+
+Start: TypeAlias = Callable[[Watcher, Path | None, ExitStack], Running]
 """A kind's own start: given the watcher and the model's folder; what must be released beside the server is entered."""
 
 UNANSWERED_S = 10.0
@@ -45,14 +57,18 @@ class Served:
         self._closed = threading.Event()
         self._turn = threading.Lock()
         self._held = ExitStack()
-        self.address: Address
         self.connections: Connections
-        self._server: Server
+        self._started: Running
         self._start()
+
+    @property
+    def address(self) -> Address:
+        """Where the server that runs now listens."""
+        return self._started.address
 
     def ending(self) -> Ending | None:
         """How the server that runs now ended; None while it runs."""
-        return self._server.ending()
+        return self._started.server.ending()
 
     def is_stuck(self) -> bool:
         """Whether it does not even answer its ping."""
@@ -60,7 +76,7 @@ class Served:
 
     def log_tail(self) -> str:
         """The last lines of its log, masked."""
-        return self._server.log_tail()
+        return self._started.server.log_tail()
 
     def restart(self) -> None:
         """Release the server that died or is stuck, and start another. Raises StageStartError (4)."""
@@ -89,24 +105,33 @@ class Served:
                 if spec.model_data:
                     opened = open_model_data(self._stage, spec.model_data, self._context, self._cancelled)
                     model = held.enter_context(opened)
-                self._server, self.address = self._start_it(watcher, model, held)
+                self._started = self._start_it(watcher, model, held)
             except OSError as exc:
-                raise self._not_started(mask(str(exc), self._context.secrets)) from exc
-            held.callback(self._server.close)
+                advice = exc.next if isinstance(exc, CannotStart) else ""
+                raise self._not_started(
+                    str(exc), advice or "mend that where the worker runs, then run it again"
+                ) from exc
+            held.callback(self._started.server.close)
             try:
                 wait_until_ready(*self.address, spec.startup_timeout_s, self._check)
             except TimeoutError as exc:
-                raise self._not_started(str(exc), log=self.log_tail()) from exc
+                key = f"stages.{self._stage.name}.{self._stage.kind}.startup_timeout_s"
+                advice = f"if it needs longer, --set {key}={2 * spec.startup_timeout_s:g}; else {self._by_hand()}"
+                raise self._not_started(str(exc), advice, log=self.log_tail()) from exc
             self._held = held.pop_all()
         self.connections = Connections(f"http://{self.address[0]}:{self.address[1]}/invocations", {})
 
     def _check(self) -> None:
         if ending := self.ending():
-            raise self._not_started(ending.how, log=self.log_tail(), next_=ending.next)
+            raise self._not_started(ending.how, ending.next or self._by_hand(), log=self.log_tail())
         if self._closed.is_set() or (self._cancelled and self._cancelled.is_set()):
             raise StageStartError(f"stage {self._stage.name!r} was not waited for: another stage did not start")
 
-    def _not_started(self, why: str, *, log: str = "", next_: str = "") -> StageStartError:
+    def _by_hand(self) -> str:
+        return f"see its log, or start it by hand: {self._started.by_hand}"
+
+    def _not_started(self, why: str, next_: str, *, log: str = "") -> StageStartError:
+        why, next_ = (mask(text, self._context.secrets) for text in (why, next_))
         return StageStartError(f"stage {self._stage.name!r} did not start: {why}", log=log, next=next_)
 
 
