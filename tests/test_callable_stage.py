@@ -1,5 +1,6 @@
 """A stage that is a Python callable: how it is found, constructed, called, and what of its answers is refused (G8)."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,34 +64,79 @@ class Stage:
     assert threading.active_count() < 20
 
 
+MEND = r"mend the code, or correct the params \(none are stated\); then run it again"
+NAME = "name a function, or a class with __call__; its first parameter is one of these, or not annotated"
+
+
 @pytest.mark.parametrize(
-    ("source", "attribute", "code", "text"),
+    ("source", "attribute", "code", "text", "advice"),
     [
-        ("def stag(x): return x", "stage", 2, "has no 'stage'; did you mean 'stag'?"),
-        ("raise LookupError('no model')", "stage", 2, "LookupError: no model"),
-        ("def stage(:", "stage", 2, "SyntaxError: invalid syntax"),
-        ("import no_such_library", "stage", 2, "ModuleNotFoundError: No module named 'no_such_library'"),
-        ("class Stage: pass", "Stage", 2, "stage 'stage' cannot be called: '"),
-        ("stage = 3", "stage", 2, "stage 'stage' cannot be called: '"),
         (
-            "class S:\n  def __init__(self): raise OSError('x')\n  def __call__(self, f): ...",
-            "S",
-            4,
-            "did not start: OSErr",
+            "def stag(x): return x",
+            "stage",
+            2,
+            "has no 'stage'; did you mean 'stag'?",
+            r"correct it to \w+:stag, or define",
+        ),
+        ("x = 1", "stage", 2, "has no 'stage'", "correct it to one that it has, or define it"),
+        (
+            "raise LookupError('no model')",
+            "stage",
+            2,
+            "LookupError: no model",
+            r"mend the module: python -c 'import \w+'",
+        ),
+        ("def stage(:", "stage", 2, "SyntaxError: invalid syntax", r"mend the module: python -c 'import \w+'"),
+        (
+            *("import no_such_library.sub", "stage", 2, "ModuleNotFoundError: No module named 'no_such_library'"),
+            "install what has the module 'no_such_library' where the stage runs",
+        ),
+        ("class Stage: pass", "Stage", 2, "stage 'stage' cannot be called: '", NAME),
+        ("stage = 3", "stage", 2, "stage 'stage' cannot be called: '", NAME),
+        ("def stage(x: int): ...", "stage", 2, "stage 'stage' asks for int, which records cannot be given as", NAME),
+        (
+            *("class S:\n  def __init__(self): raise OSError('x')\n  def __call__(self, f): ...", "S", 4),
+            *("did not start: OSErr", MEND),
         ),
         (
-            "class S:\n  def __init__(self, a): ...\n  def __call__(self, f): ...",
-            "S",
-            4,
-            "missing 1 required positional",
+            *("class S:\n  def __init__(self, a): ...\n  def __call__(self, f): ...", "S", 4),
+            *("missing 1 required positional", MEND),
         ),
+        ("def stage(frame, by): ...", "stage", 4, "did not start: TypeError: missing a required argument: 'by'", MEND),
+        ("def stage(): ...", "stage", 4, "did not start: TypeError: too many positional arguments", MEND),
     ],
 )
-def test_what_cannot_be_imported_or_constructed_says_why(make_job, source, attribute, code, text):
+def test_what_cannot_be_imported_or_constructed_says_why(make_job, source, attribute, code, text, advice):
     with pytest.raises((JobError, StageStartError)) as caught:
         run_chain(make_job(source, attribute), TABLE)
 
     assert (caught.value.exit_code, text in caught.value.message) == (code, True), caught.value
+    assert re.match(advice, caught.value.next), caught.value
+
+
+def test_params_that_a_function_does_not_take_are_told_before_it_is_called(make_job):
+    job = make_job("def stage(frame, by=1): return frame", params={"bye": 3})
+
+    with pytest.raises(StageStartError, match="TypeError: got an unexpected keyword argument 'bye'") as caught:
+        run_chain(job, TABLE)
+
+    assert caught.value.where.endswith(".py:3")
+    assert caught.value.next == "mend the code, or correct the params (bye); then run it again"
+
+
+def test_params_go_to_the_decorator_of_a_function(make_job):
+    source = """
+import functools
+def gives_by(function):
+    @functools.wraps(function)
+    def stage(frame, scale):
+        return function(frame, scale, 10)
+    return stage
+@gives_by
+def stage(frame, scale, by):
+    return frame.assign(n=frame.n * scale * by)
+"""
+    assert answers(run_chain(make_job(source, params={"scale": 2}), TABLE)) == [{"n": 20 * n} for n in range(8)]
 
 
 def test_a_missing_module_says_where_it_was_looked_for(make_job, tmp_path: Path):
@@ -100,6 +146,8 @@ def test_a_missing_module_says_where_it_was_looked_for(make_job, tmp_path: Path)
     with pytest.raises(JobError, match="ModuleNotFoundError: No module named 'stages_") as caught:
         run_chain(job, TABLE)
     assert f"looked in {tmp_path}" in caught.value.where
+    advice = "put it into one of these folders, name its own in python_path, or correct the module's name"
+    assert caught.value.next == advice
 
 
 @pytest.mark.parametrize(

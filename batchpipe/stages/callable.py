@@ -136,7 +136,8 @@ class CallableStage:
 def open_callable(stage: "StageSpec", job: "Job") -> CallableStage:
     """Import the callable and construct it if it is a class.
 
-    Raises JobError (2) where it cannot be imported and StageStartError (4) where its constructor raises.
+    Raises JobError (2) where it cannot be imported and StageStartError (4) where its constructor raises, or params
+    do not fit.
     """
     assert stage.callable is not None
     target = import_callable(stage.callable, job.import_folders, stage.name)
@@ -148,21 +149,43 @@ def open_callable(stage: "StageSpec", job: "Job") -> CallableStage:
     except Exception as error:
         threads.shutdown(wait=False)
         msg = f"stage {stage.name!r} did not start: {type(error).__name__}: {error}"
-        raise StageStartError(msg, where=user_location(error)) from error
+        where = user_location(error) or _defined_at(target)
+        advice = f"mend the code, or correct the params ({_shown(stage.params)}); then run it again"
+        raise StageStartError(msg, where=where, next=advice) from error
     try:
-        if not callable(function):
-            raise TypeError(f"cannot be called: {stage.callable!r} is a {_describe(function)}")
-        kind = convert.wanted(_annotation(function))
+        kind = _wanted(function, stage.callable)
     except TypeError as error:
         threads.shutdown(wait=False)
-        raise JobError(f"stage {stage.name!r} {error}", where=_defined_at(target)) from error
+        advice = "name a function, or a class with __call__; its first parameter is one of these, or not annotated"
+        raise JobError(f"stage {stage.name!r} {error}", where=_defined_at(target), next=advice) from error
     return CallableStage(stage, function, kind, sender=sender_of(stage, job), threads=threads)
 
 
 def _construct(target: Any, params: Mapping[str, Any]) -> Any:
     if inspect.isclass(target):
         return target(**params)
+    _check_params(target, params)
     return functools.partial(target, **params) if params else target
+
+
+def _check_params(function: Any, params: Mapping[str, Any]) -> None:
+    """Raise TypeError where a function does not take the params: it would fail only when it is first called."""
+    try:
+        # Not that of what a decorator wraps: it may give it arguments of its own.
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (ValueError, TypeError):  # a builtin without a signature; what cannot be called is told later
+        return
+    signature.bind(None, **params)
+
+
+def _shown(params: Mapping[str, Any]) -> str:
+    return ", ".join(params) or "none are stated"
+
+
+def _wanted(function: Any, reference: str) -> convert.Kind:
+    if not callable(function):
+        raise TypeError(f"cannot be called: {reference!r} is a {_describe(function)}")
+    return convert.wanted(_annotation(function))
 
 
 def import_callable(reference: str, python_path: Sequence[str], stage: str) -> Any:
@@ -180,15 +203,27 @@ def import_callable(reference: str, python_path: Sequence[str], stage: str) -> A
     except Exception as error:
         msg = f"stage {stage!r}: cannot import {reference!r}: {type(error).__name__}: {error}"
         where = user_location(error) or f"looked in {', '.join(python_path)} and the installed packages"
-        raise JobError(msg, where=where) from error
+        raise JobError(msg, where=where, next=_import_advice(error, module_name)) from error
     for name in attribute.split("."):
         if not hasattr(found, name):
             near = difflib.get_close_matches(name, dir(found), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             msg = f"stage {stage!r}: cannot import {reference!r}: {module_name!r} has no {name!r}{hint}"
-            raise JobError(msg, where=getattr(found, "__file__", None) or "")
+            meant = f"{module_name}:{attribute.replace(name, near[0])}" if near else "one that it has"
+            raise JobError(
+                msg, where=getattr(found, "__file__", None) or "", next=f"correct it to {meant}, or define it"
+            )
         found = getattr(found, name)
     return found
+
+
+def _import_advice(error: Exception, module: str) -> str:
+    missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    if not missing:
+        return f"mend the module: python -c 'import {module}' in its folder fails alike"
+    if f"{module}.".startswith(f"{missing}."):
+        return "put it into one of these folders, name its own in python_path, or correct the module's name"
+    return f"install what has the module {missing!r} where the stage runs, as by pip install"
 
 
 _added_folders: list[str] = []
