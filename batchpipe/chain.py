@@ -125,6 +125,12 @@ class Chain:
         """What servers said of themselves, by stage; nothing for callables."""
         return {stage.name: stage.advice.as_document() for stage in self.stages if isinstance(stage, HttpStage)}
 
+    def note_that_stages_fit(self) -> None:
+        """Have been told by the first mini-batch, wherever it was tried: what does not fit is a record's fault."""
+        for stage in self.stages:
+            if isinstance(stage, HttpStage):
+                stage.has_fitted = True
+
     @property
     def depth(self) -> int:
         """Mini-batches one split keeps in flight: enough to keep every HTTP stage full, two for callables alone.

@@ -42,6 +42,8 @@ def run_splits(splits: tuple[Split, ...], orders: Orders) -> list[SplitResult | 
     """Run consecutive splits on this worker's chain; stops at the first that fails or stops itself."""
     _same_version_or_raise(orders)
     chain = _open_chain(splits, orders)
+    if orders.schemas.is_proved:
+        chain.note_that_stages_fit()
     outcomes: list[SplitResult | SplitFailed] = []
     for split in splits:
         try:

@@ -5,7 +5,7 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,11 @@ def make_job(folder: Path, *stages: dict[str, Any], **blocks: Any) -> Job:
     return load_job(folder / "job.yaml")
 
 
-def make_context(
-    folder: Path, job: Job, *, copy: int = 0, run_id: str = "run1", advice: Mapping[str, object] | None = None
-) -> StageContext:
+def make_context(folder: Path, job: Job, *, copy: int = 0, run_id: str = "run1") -> StageContext:
     """What a worker would hand to the stages of this job."""
     (folder / "scratch").mkdir(parents=True, exist_ok=True)
     folders = (folder / "scratch", folder / "logs")
-    return StageContext(run_id, copy, *folders, secrets_of(job), advice or {}, kept_logs="out/logs")
+    return StageContext(run_id, copy, *folders, secrets_of(job), kept_logs="out/logs")
 
 
 class Opened:
@@ -99,14 +97,13 @@ def opened(
     *stages: dict[str, Any],
     copy: int = 0,
     run_id: str = "run1",
-    advice: Mapping[str, object] | None = None,
     open_it: Callable[[StageSpec, Job, StageContext], OpenStage] | None = None,
     **blocks: Any,
 ) -> Iterator[Opened]:
     """Open the first of these stages."""
     job = make_job(folder, *stages, **blocks)
     open_it = open_it or partial(open_stage, watcher=None, cancelled=threading.Event())
-    stage = open_it(job.stages[0], job, make_context(folder, job, copy=copy, run_id=run_id, advice=advice))
+    stage = open_it(job.stages[0], job, make_context(folder, job, copy=copy, run_id=run_id))
     assert isinstance(stage, HttpStage)
     with contextlib.closing(Opened(stage)) as opened:
         yield opened

@@ -107,14 +107,6 @@ class StageContract:
         assert not stage.exchange.single_record
         assert stage.max_payload_bytes == 2 << 20
 
-    def test_advice_of_the_probe_stands_whatever_a_later_server_says(self, open_server: Open):
-        environment = {"STAGE_PARAMETERS": '{"MaxPayloadInMB": 5, "BatchStrategy": "SINGLE_RECORD"}'}
-
-        stage = open_server(environment=environment, advice={"stage": {"MaxPayloadInMB": 2}}).stage
-
-        assert stage.max_payload_bytes == 2 << 20
-        assert not stage.exchange.single_record
-
     def test_model_is_there_to_be_read(self, open_server: Open, tmp_path: Path):
         (tmp_path / "weights").write_text("w")
         with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as tar:

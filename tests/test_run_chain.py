@@ -12,6 +12,13 @@ from typing import Any
 import psutil
 import pytest
 
+from batchpipe.errors import StageStartError
+from batchpipe.jobfile import load_job
+from batchpipe.manifest import SplitFailed, SplitResult
+from batchpipe.orders import Orders, Place, Schemas
+from batchpipe.plan import list_inputs, make_plan
+from batchpipe.transform import run_splits
+from batchpipe.worker_chain import close_worker_chain
 from batchpipe.workers import worker_count
 from tests import images
 from tests.jobs import Jobs, csv_rows, open_jobs, running, until
@@ -164,6 +171,27 @@ def test_an_answer_of_another_content_type_costs_its_record_alone(jobs: Jobs, ma
     ]
     if max_records == 1:
         assert jobs.quarantined()[0]["message"] == "answered text/html; the next stage takes text/csv"
+
+
+@pytest.mark.parametrize("is_proved", [True, False])
+def test_another_content_type_is_a_records_fault_on_every_worker_once_the_first_mini_batch_has_fitted(
+    jobs: Jobs, url: str, tmp_path: Path, is_proved: bool
+):
+    stages = [{"name": name, "endpoint": {"url": url}, "content_type": "text/csv"} for name in ("first", "second")]
+    path = write_job(jobs, stages, "!as text/html <p>sorry</p>", "2", on_error={"max_failed_records": 1})
+    job, run_id = load_job(path), jobs.run_id
+    splits = tuple(make_plan(list_inputs(job.input, tmp_path), job))
+    try:
+        [done] = run_splits(splits, Orders(Place(job, run_id, "part-", "1"), Schemas(is_proved=is_proved)))
+    finally:
+        close_worker_chain(run_id)
+
+    if is_proved:
+        assert isinstance(done, SplitResult)
+        assert [(failed.ordinal, failed.stage) for failed in done.failures] == [(0, "first")]
+    else:
+        assert isinstance(done, SplitFailed)
+        assert isinstance(done.error, StageStartError)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ Each kind (callable, container, process, endpoint) is one module and one entry o
 """
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -99,8 +98,6 @@ class StageContext:
     logs: Path
     """Where the stage's log is written; copied under the run's ``logs/``."""
     secrets: frozenset[str] = frozenset()
-    advice: Mapping[str, object] = field(default_factory=dict)
-    """What the container's ``/execution-parameters`` said at the probe, sent along so that the plan stays fixed."""
     kept_logs: str = ""
     """The folder or URL where the run keeps what is in ``logs``, for an error's text; empty where it keeps nothing."""
 

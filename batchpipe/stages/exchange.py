@@ -100,9 +100,9 @@ def _uncounted(body: bytes, content_type: str, count: int) -> ByteRecords:
     return ByteRecords(memoryview(body), starts, ends, content.parse_content_type(content_type)[0])
 
 
-def takes_table(stage: "StageSpec", input_format: str) -> bool:
+def takes_table(stage: "StageSpec", input_format: str, advice: Advice) -> bool:
     """Whether input text must be parsed before this stage, if it comes first: it cannot be sent as it is read."""
-    media_type, _ = content.parse_content_type(stage.content_type or "")
+    media_type, _ = content.parse_content_type(stage.content_type or advice.table_type or "")
     if input_format == "csv":
         return media_type not in ("", content.CSV)
     return input_format == "jsonl" and media_type in (content.CSV, content.ARROW)

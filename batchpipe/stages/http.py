@@ -123,7 +123,7 @@ class HttpStage:
         self.concurrency = stage.concurrent_transforms(job.batch, default)
         self.max_payload_bytes = stage.max_payload_bytes(job.batch, self.advice.max_payload_mb)
         self.exchange = Exchange.of(stage, job, self.advice)
-        self.takes_table = takes_table(stage, job.input.format)
+        self.takes_table = takes_table(stage, job.input.format, self.advice)
         self._sender = sender_of(stage, job)
         self._timeout_s = stage.invocations_timeout_s
         self._secrets = context.secrets
@@ -131,7 +131,7 @@ class HttpStage:
         self._served = served
         self._has_died = False
         """Whether the server died; another one is started before the next request."""
-        self._has_fitted = stage.name in context.advice
+        self.has_fitted = False
         """Whether an answer has been what the next stage takes, here or when the first mini-batch was tried."""
         self._restarting = asyncio.Lock()
         self.is_exclusive = self.concurrency == 1
@@ -251,10 +251,10 @@ class HttpStage:
             raise InvocationFailed(WRONG_COUNT, message, Remedy.ISOLATE)
         # One that never fits is a stage that does not fit, which the next stage tells.
         fits = self.exchange.fits_next(records)
-        if self._has_fitted and not fits:
+        if self.has_fitted and not fits:
             message = f"answered {answered or 'without a content type'}; the next stage takes {self.exchange.next_type}"
             raise InvocationFailed("WrongAnswer", message, Remedy.ISOLATE)
-        self._has_fitted = self._has_fitted or fits
+        self.has_fitted = self.has_fitted or fits
         return records
 
 

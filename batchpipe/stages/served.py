@@ -11,7 +11,7 @@ from batchpipe.errors import StageStartError
 from batchpipe.redact import mask
 from batchpipe.stages import CannotStart, StageContext
 from batchpipe.stages.connections import Connections
-from batchpipe.stages.contract import Advice, answers_ping, ask_advice, wait_until_ready
+from batchpipe.stages.contract import answers_ping, ask_advice, wait_until_ready
 from batchpipe.stages.http import Ending, HttpStage, Server
 from batchpipe.stages.model_data import open_model_data
 from batchpipe.stages.watcher import Watcher, open_watcher
@@ -150,9 +150,7 @@ def open_served(
     """
     served = Served(stage, context, start, watcher, cancelled)
     try:
-        known = context.advice.get(stage.name)
-        advice = ask_advice(*served.address) if known is None else Advice.of(known)
-        return HttpStage(stage, job, context, served.connections, advice=advice, served=served)
+        return HttpStage(stage, job, context, served.connections, advice=ask_advice(*served.address), served=served)
     except BaseException:
         served.close()
         raise
