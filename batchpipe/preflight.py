@@ -12,7 +12,7 @@ from batchpipe.job import Job, supported_or_raise
 from batchpipe.jobfile import fill_run_id
 from batchpipe.manifest import SplitResult
 from batchpipe.numbering import line_of
-from batchpipe.orders import HIDDEN, Orders, Place, Schemas
+from batchpipe.orders import HIDDEN, TRIAL, Orders, Place, Schemas
 from batchpipe.plan import Plan, list_inputs, make_plan
 from batchpipe.processes import open_host
 from batchpipe.redact import clean_uri
@@ -47,7 +47,7 @@ def check_job(job: Job) -> Iterator[str]:
         is_safe = store.supports_conditional_put(join(job.output.uri, HIDDEN))
         yield f"output    {clean_uri(job.output.uri)} can be written" + ("" if is_safe else NO_CONDITIONAL_PUT)
         # A run id of its own, so that what it must write is told from what a run has written.
-        place = Place(job, f"check-{uuid4().hex[:8]}", "part-", "check")
+        place = Place(job, f"{TRIAL}{uuid4().hex[:8]}", "part-", "check")
         orders = Orders(place, Schemas())
         try:
             # In child processes: a record that kills must not end this process, which no worker stands for.

@@ -295,18 +295,21 @@ def test_served_callable_gets_the_frame_it_gets_in_process_though_no_content_typ
     jobs.write("scoring.py", CALLABLES)
     jobs.write("in/a.csv", "n,text\n1,2024-01-31\n,2024-02-29T10:30:00\n-3,\n")
     parse: dict[str, Any] = {"callable": "scoring:parse"}
-    command = ["batchpipe", "serve", "scoring:Model", "--param", "by=3"]
+    served_parse = {"process": {"command": ["batchpipe", "serve", "scoring:parse"]}}
+    served_model = {"process": {"command": ["batchpipe", "serve", "scoring:Model", "--param", "by=3"]}}
     chains = {
         "called": [parse, {"callable": "scoring:Model", "params": {"by": 3}}],
-        "served": [parse, {"process": {"command": command}}],
+        "served": [parse, served_model],
+        "served_both": [served_parse, served_model],
     }
     for name, stages in chains.items():
         result = jobs.run("run", jobs.job(stages, output={"uri": name, "format": "parquet"}))
         assert result.code == 0, result.err
 
-    called, served = (ds.dataset(jobs.folder / name, exclude_invalid_files=False).to_table() for name in chains)
+    called, *served = (ds.dataset(jobs.folder / name, exclude_invalid_files=False).to_table() for name in chains)
     assert called.column_names == ["n", "text", "per_year", "at", "total", "later", "twice"]
-    assert served.equals(called)
+    assert len(served) == 2
+    assert all(each.equals(called) for each in served)
 
 
 def test_record_that_takes_a_containers_memory_costs_itself_alone(jobs: Jobs, engine: str):
