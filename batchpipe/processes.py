@@ -28,6 +28,8 @@ SWEEP_PREFIX = "batchpipe-sweep-"
 OWNER_FILE = "owner.json"
 """Says in a scratch folder whose it is, for `clean` after a power cut."""
 POLL_S = 0.1
+MOST_PRINTED_BYTES = 4 << 20
+"""What is kept of the log of a worker: its end."""
 QUIET_DASK = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
@@ -126,6 +128,14 @@ class WorkerProcesses:
         crash = next((crash for text in texts if (crash := crash_in(text).text)), "")
         return crash or next((text[-1500:] for text in texts if text), "")
 
+    def printed(self) -> Iterator[tuple[str, str]]:
+        """What each worker has printed, the replaced ones too: a name, and the end of the text. Nothing for most."""
+        for log in sorted(self._scratch.glob("worker-*.log")):
+            with log.open("rb") as file:
+                file.seek(max(0, log.stat().st_size - MOST_PRINTED_BYTES))
+                if data := file.read():
+                    yield log.name, data.decode(errors="replace")
+
     def stacks(self) -> dict[str, str]:
         """What every worker is doing, also one whose interpreter is kept by a call: faulthandler's dumps, by worker."""
         before = {worker.log: worker.log.stat().st_size for worker in self._workers}
@@ -153,7 +163,7 @@ class WorkerProcesses:
     def _start_one(self, copy: int) -> _Worker:
         number, self._started = self._started, self._started + 1
         log = self._scratch / f"worker-{number}.log"
-        command = [sys.executable, "-P", "-m", "batchpipe.worker", str(self._scratch), str(number), str(copy)]
+        command = [sys.executable, "-u", "-P", "-m", "batchpipe.worker", str(self._scratch), str(number), str(copy)]
         env = {**dict.fromkeys(_THREAD_VARIABLES, str(self._threads)), **os.environ, "PYTHONFAULTHANDLER": "1"}
         process = self._watcher.start(command, env=env, cwd=Path.cwd(), log=log)
         return _Worker(process, log)

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import pickle
 import signal
@@ -85,6 +86,7 @@ async def _work(address: str, security: dict[str, str], folder: Path, name: str)
     import dask
     from distributed import Security, Worker
 
+    logging.getLogger("distributed").setLevel(logging.WARNING)  # the log is for what the user's code prints
     settings = {
         **QUIET_DASK,
         "distributed.worker.http.routes": [],

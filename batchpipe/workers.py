@@ -4,10 +4,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from batchpipe.errors import PoolError
+from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.job import Job
-from batchpipe.processes import Host, available_cores
+from batchpipe.orders import HIDDEN
+from batchpipe.processes import Host, WorkerProcesses, available_cores
+from batchpipe.redact import mask, secrets_of
 from batchpipe.source import read_gauge
+from batchpipe.storage import join, open_store
 from batchpipe.worker_chain import close_worker_chain, renew_lease
 
 if TYPE_CHECKING:
@@ -31,6 +34,18 @@ def open_workers(job: Job, run_id: str, splits: int, host: Host) -> Iterator["Po
             if host.workers is not None:
                 host.workers.check_watcher()  # its workers took their driver for gone, and may have said so first
             raise
+        finally:
+            if host.workers is not None:
+                _keep_printed(host.workers, job, run_id)
+
+
+def _keep_printed(workers: WorkerProcesses, job: Job, run_id: str) -> None:
+    """Put what callables printed under the run's ``logs/``. A log that cannot be kept fails no run."""
+    secrets = secrets_of(job)
+    with contextlib.suppress(BatchpipeError, OSError):
+        store = open_store(job.output.uri, job.output.storage_options)
+        for name, text in workers.printed():
+            store.put(join(job.output.uri, HIDDEN, run_id, "logs", name), mask(text, secrets).encode())
 
 
 def worker_count(job: Job, splits: int) -> int:
