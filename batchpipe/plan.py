@@ -8,6 +8,7 @@ import heapq
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from batchpipe.errors import InputError
@@ -112,28 +113,30 @@ def iter_splits(inputs: Inputs, job: Job, split_bytes: int) -> Iterator[Split]:
     """
     index, waiting, size = 0, list[Range](), 0
     for found in inputs:
-        cuts = _cuts(found, job, split_bytes)
-        alone = len(cuts) > 1 or job.output.layout == "mirror"
+        cuts = _iter_cuts(found, job, split_bytes)
+        some = list(islice(cuts, 2))
+        alone = len(some) > 1 or job.output.layout == "mirror"
         if waiting and (alone or size + found.size > split_bytes or len(waiting) >= MAX_OBJECTS_PER_SPLIT):
             yield Split(index, tuple(waiting))
             index, waiting, size = index + 1, [], 0
         if not alone:
-            waiting, size = [*waiting, cuts[0]], size + found.size
+            waiting, size = [*waiting, *some], size + found.size
             continue
-        for cut in cuts:
+        for cut in chain(some, cuts):
             yield Split(index, (cut,))
             index += 1
     if waiting or (not index and job.output.layout == "parts"):
         yield Split(index, tuple(waiting))
 
 
-def _cuts(found: InputObject, job: Job, split_bytes: int) -> list[Range]:
+def _iter_cuts(found: InputObject, job: Job, split_bytes: int) -> Iterator[Range]:
     # Who writes each record's place in its object must read the object from its first record on.
     if found.size <= split_bytes or job.output.add_source:
-        return [Range(found, 0, WHOLE)]
+        yield Range(found, 0, WHOLE)
+        return
     spec = job.input
     store = open_store(found.uri, spec.storage_options)
     cuts = FORMATS[spec.format].iter_cuts(
         lambda: store.open(found.uri, size=found.size, version=found.version), found, split_bytes, spec
     )
-    return [Range(found, start, stop) for start, stop in cuts]
+    yield from (Range(found, start, stop) for start, stop in cuts)

@@ -26,7 +26,7 @@ def iter_cuts(opener: Opener, found: InputObject, split_bytes: int, spec: InputS
         yield 0, WHOLE
         return
     count = -(-found.size // split_bytes)
-    bounds = [found.size * place // count for place in range(count + 1)]
+    bounds = (found.size * place // count for place in range(count + 1))
     yield from pairwise(bounds)
 
 
