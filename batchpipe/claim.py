@@ -58,8 +58,7 @@ def open_output(  # noqa: PLR0913 - one step of a run, which has all of these
     output = Output(job, fingerprint, RunFolder(root, run_id), store)
     with _lock(store, root, {"run": run_id, "job": job.name}, wait_s) as output.lock:
         finished, unfinished = _finish_begun(store, root, job.output.storage_options)
-        if finished and any(each.run_id == run_id for each in finished.generations):
-            _same_or_raise(output, finished)
+        if finished and _is_done(output, finished):
             if not unfinished:  # uploads that a late writer has begun since
                 discard_each(store, iter_pending(store, RunFolder(root, finished.run_id)))
             output.manifest = finished
@@ -71,8 +70,8 @@ def open_output(  # noqa: PLR0913 - one step of a run, which has all of these
         ]:
             discard_run(store, RunFolder(root, run))
             unfinished.remove(run)
-        _no_other_run_or_raise(output, unfinished)
         output.replaced, output.redrives = finished, redrives
+        _no_other_run_or_raise(output, unfinished)
         if run_id not in unfinished or redrives:
             _free_or_raise(output, finished)
         output.pieces = PieceSpool(scratch / "pieces.spool")
@@ -148,16 +147,23 @@ def _roll_forward(store: Store, folder: RunFolder) -> None:
         raise
 
 
-def _same_or_raise(output: Output, finished: Manifest) -> None:
-    run_id = output.folder.run_id
-    mine = next(each for each in finished.generations if each.run_id == run_id)
-    if mine.fingerprint != output.fingerprint.sha256:
+def _is_done(output: Output, finished: Manifest) -> bool:
+    """Whether what is finished is this run: by its id, or, where that follows from the job, as a redrive mended it.
+
+    Raises JobError where only the id is the same. An id that somebody chose, and no run had, asks for another run.
+    """
+    run_id, sha256 = output.folder.run_id, output.fingerprint.sha256
+    is_known = any(each.run_id == run_id for each in finished.generations)
+    if any(each.fingerprint == sha256 for each in finished.generations):
+        return is_known or run_id == output.fingerprint.run_id
+    if is_known:
         msg = f"run {run_id} is finished, and its job, inputs, code, images or models have changed since"
         raise JobError(
             msg,
             where=clean_uri(output.folder.root),
             next="choose another --run-id, or leave it out: it then follows from all of these",
         )
+    return False
 
 
 def _no_other_run_or_raise(output: Output, unfinished: list[str]) -> None:
@@ -166,6 +172,12 @@ def _no_other_run_or_raise(output: Output, unfinished: list[str]) -> None:
         changes = output.fingerprint.differences(theirs) if theirs else []
         if run == output.folder.run_id and not changes:
             continue
+        if _is_redrive_of(output.replaced, run) and not output.redrives:
+            raise JobError(
+                f"the output holds the unfinished redrive {run}",
+                where=clean_uri(output.folder.root),
+                next=f"finish it: batchpipe redrive {output.job.path}",
+            )
         msg = f"the output holds the unfinished run {run} of another job or input" + "".join(
             f"\n  changed: {change}" for change in changes[:5]
         )
@@ -174,6 +186,10 @@ def _no_other_run_or_raise(output: Output, unfinished: list[str]) -> None:
             where=clean_uri(output.folder.root),
             next="undo the change to resume it, or add --restart to drop it and begin anew",
         )
+
+
+def _is_redrive_of(finished: Manifest | None, run: str) -> bool:
+    return finished is not None and run.startswith(f"{finished.generations[0].run_id}-redrive-")
 
 
 def _free_or_raise(output: Output, finished: Manifest | None) -> None:

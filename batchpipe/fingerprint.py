@@ -30,8 +30,13 @@ class Fingerprint:
 
     @property
     def sha256(self) -> str:
-        """Digest of the document; its first eight characters are the default run id."""
+        """Digest of the document."""
         return hashlib.sha256(json.dumps(self.document, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def run_id(self) -> str:
+        """The run id where nobody chose one."""
+        return self.sha256[:8]
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What differs from another run's document: a stage's image, or one dotted key each."""

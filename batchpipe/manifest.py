@@ -222,7 +222,9 @@ class Generation(_Model):
     """What a run added to the output, or a redrive of it."""
 
     run_id: str = Field(description="Id of the run or the redrive.")
-    fingerprint: str = Field(description="SHA-256 over its inputs and the parts of its job that shape the output.")
+    fingerprint: str = Field(
+        description="SHA-256 over the run's inputs and the parts of its job that shape the output."
+    )
     accounts: RunAccounts = Field(description="A redrive reads what the generation before it quarantined.")
 
 

@@ -52,6 +52,8 @@ class Redriven:
     schemas: Schemas
     folder: RunFolder
     store: Store
+    listing: dict[str, Any]
+    """The inputs of the run that all began with, as its fingerprint has them."""
 
     @property
     def run_id(self) -> str:
@@ -62,6 +64,13 @@ class Redriven:
     def number(self) -> int:
         """1 for the first redrive of a run."""
         return len(self.manifest.generations)
+
+    def fingerprint_of(self, mended: Fingerprint) -> Fingerprint:
+        """That of the job as it is now over all inputs of the run: what `run` would find, so that it is done then.
+
+        It need not tell the objects that are redriven: the quarantine does, and they are as they were.
+        """
+        return Fingerprint({**mended.document, "inputs": self.listing})
 
     def accounts_with(self, new: Accounts) -> RunAccounts:
         """The accounts of the run and its redrive together."""
@@ -121,7 +130,7 @@ def open_redriven(job: Job, manifest: Manifest) -> Redriven:
             f"\n  changed: {change}" for change in changes[:5]
         )
         raise JobError(msg, where=str(job.path), next="undo the change; or run the job into another output.uri")
-    return Redriven(manifest, Schemas.from_json(schemas), folder, store)
+    return Redriven(manifest, Schemas.from_json(schemas), folder, store, document["inputs"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ def run_job(
         inputs = list_inputs(job.input, host.scratch)
         fingerprint = make_fingerprint(job, inputs)
         job = _told_run_id(job, run_id)
-        run_id = run_id or fingerprint.sha256[:8]
+        run_id = run_id or fingerprint.run_id
         job = fill_run_id(job, run_id)
         with open_output(job, run_id, fingerprint, host.scratch, restart=restart, wait_s=wait_s) as output:
             if output.manifest:
@@ -76,7 +76,7 @@ def redrive_job(
             return finished
         redriven = open_redriven(job, finished)
         plan = plan_redrive(job, redriven, list_inputs(job.input, host.scratch), host.scratch)
-        fingerprint = make_fingerprint(job, plan.inputs)
+        fingerprint = redriven.fingerprint_of(make_fingerprint(job, plan.inputs))
         job = fill_run_id(_told_run_id(job, run_id), finished.generations[0].run_id)
         with open_output(
             job, redriven.run_id, fingerprint, host.scratch, restart=restart, wait_s=wait_s, redrives=finished

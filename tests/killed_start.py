@@ -184,13 +184,15 @@ class SmallRun:
         redriven = open_redriven(self.job, finished)
         run_id, inputs = redriven.run_id, list_inputs(self.job.input, scratch)
         plan = plan_redrive(self.job, redriven, inputs, scratch)
-        with open_output(self.job, run_id, self._fingerprint, scratch, redrives=finished) as output:
+        fingerprint = redriven.fingerprint_of(self._fingerprint)
+        with open_output(self.job, run_id, fingerprint, scratch, redrives=finished) as output:
             if not output.manifest:
                 self._transform_and_publish(Run(self.job, run_id, plan, output, ignore, redriven), made)
 
     @property
     def _fingerprint(self) -> Fingerprint:
-        return Fingerprint({"generation": self.generation, "job": fingerprint_document(self.job)})
+        inputs = {"listing_sha256": "the same"}
+        return Fingerprint({"generation": self.generation, "job": fingerprint_document(self.job), "inputs": inputs})
 
     def _transform_and_publish(self, run: Run, made: Path) -> None:
         output = run.output

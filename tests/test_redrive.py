@@ -59,12 +59,12 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
         yield jobs
 
 
-def failed_first(jobs: Jobs, stages: str = "stages:picky", **blocks: Any) -> Path:
+def failed_first(jobs: Jobs, stages: str = "stages:picky", run_id: str = "", **blocks: Any) -> Path:
     """A job whose run has quarantined some records."""
     if not (jobs.folder / "in").exists():
         jobs.write("in/a.csv", csv_rows(400))
     job = jobs.job(stages, **{"on_error": FEW, "batch": SPLITS, **blocks})
-    ran = jobs.run("run", job)
+    ran = jobs.run("run", job, *(["--run-id", run_id] if run_id else []))
     assert ran.code == 0, ran.err
     assert ran.out.splitlines()[-1] == f"next: batchpipe redrive {job}"
     return job
@@ -123,6 +123,72 @@ def test_G3_a_redriven_run_is_done_and_has_nothing_to_redrive(jobs: Jobs):
     run_id = json.loads((jobs.out / "_batchpipe/manifest.json").read_text())["run_id"]
     assert ": done already at " in run.out
     assert again.out == f"job {run_id}: no record is quarantined, nothing to redrive\n"
+
+
+MENDED = GATE + STAGES.replace('raise KeyError(f"no {n}")', "pass")
+
+
+@pytest.mark.parametrize("if_exists", ["error", "replace"])
+def test_G3_a_run_that_a_redrive_mended_is_done_for_the_mended_job_and_for_its_own(jobs: Jobs, if_exists: str):
+    job = failed_first(jobs, output={"if_exists": if_exists})
+    jobs.write("stages.py", MENDED)
+    assert jobs.run("redrive", job).code == 0
+    published = jobs.part_bytes()
+
+    mended = jobs.run("run", job)
+    jobs.write("stages.py", GATE + STAGES)
+    first = jobs.run("run", job)
+
+    assert (mended.code, first.code, jobs.part_bytes()) == (0, 0, published), mended.err + first.err
+    assert ": done already at " in mended.out
+    assert ": done already at " in first.out
+
+
+def test_G3_a_run_under_a_chosen_id_that_a_redrive_mended_is_done_under_that_id(jobs: Jobs):
+    job = failed_first(jobs, run_id="nightly")
+    jobs.write("stages.py", MENDED)
+    assert jobs.run("redrive", job).code == 0
+
+    run, other = jobs.run("run", job, "--run-id", "nightly"), jobs.run("run", job, "--run-id", "other")
+
+    assert (run.code, other.code) == (0, 7), run.err
+    assert ": done already at " in run.out
+    assert "the output holds the finished run nightly-redrive-1 of " in other.err
+
+
+@pytest.mark.parametrize("change", ["input", "stage"])
+def test_what_changed_after_a_redrive_is_another_run(jobs: Jobs, change: str):
+    job = failed_first(jobs)
+    if change == "input":
+        jobs.write("in/b.csv", csv_rows(1))  # listed by the redrive too, and never read
+    jobs.write("stages.py", MENDED)
+    assert jobs.run("redrive", job).code == 0
+    if change == "stage":
+        jobs.write("stages.py", MENDED + "# again")
+
+    other = jobs.run("run", job)
+
+    assert other.code == 7
+    assert "-redrive-1 of " in other.err
+    assert "choose another output.uri, or set output.if_exists: replace" in other.err
+
+
+def test_a_mended_job_is_not_run_while_its_redrive_is_unfinished(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(100))
+    jobs.write("in/b.csv", csv_rows(300, 100))
+    job = failed_first(jobs, "stages:slow", batch={"max_records": 1}, output={"layout": "mirror"})
+    jobs.write("stages.py", MENDED.replace("and mended()", "and True"))
+    redrive = jobs.start("redrive", job)
+    until((jobs.folder / "began").exists, within_s=100)
+    until(lambda: '"split"' in "".join(path.read_text() for path in jobs.hidden("*-redrive-1/journal/0*.jsonl")))
+    redrive.kill()
+    redrive.communicate()
+
+    refused = jobs.run("run", job, "--wait", "30")
+
+    assert refused.code == 2
+    assert "error: the output holds the unfinished redrive " in refused.err
+    assert f"  next:  finish it: batchpipe redrive {job.name}\n" in refused.err
 
 
 def test_parts_of_the_tenth_redrive_come_last(jobs: Jobs):
