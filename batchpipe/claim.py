@@ -16,8 +16,15 @@ from batchpipe.journal import open_journal
 from batchpipe.manifest import Manifest
 from batchpipe.orders import HIDDEN
 from batchpipe.output import Output
-from batchpipe.publication import OvertakenError, PiecesLostError, finish_published, is_committed, publish_committed
-from batchpipe.published import iter_parts, read_manifest
+from batchpipe.publication import (
+    OvertakenError,
+    PiecesLostError,
+    finish_published,
+    is_committed,
+    publish_committed,
+    unpublish,
+)
+from batchpipe.published import find_damage, iter_parts, read_manifest
 from batchpipe.redact import clean_uri
 from batchpipe.runs import (
     PieceSpool,
@@ -51,14 +58,19 @@ def open_output(  # noqa: PLR0913 - one step of a run, which has all of these
 ) -> Iterator[Output]:
     """Hold the output for this run, or this redrive of a run: lock it and find out what of it is there.
 
-    Raises LockedError (75) if another run holds it, OutputError (7) if it holds something already, and JobError (2)
-    if an unfinished run of another id is there, or another job or input under this run id.
+    Raises LockedError (75) if another run holds it, OutputError (7) if it holds something already or lost some of what
+    this run published, and JobError (2) if an unfinished run of another id is there, or another job or input under
+    this run id.
     """
     store, root = open_store(job.output.uri, job.output.storage_options), job.output.uri
     output = Output(job, fingerprint, RunFolder(root, run_id), store)
     with _lock(store, root, {"run": run_id, "job": job.name}, wait_s) as output.lock:
         finished, unfinished = _finish_begun(store, root, job.output.storage_options)
-        if finished and _is_done(output, finished):
+        is_done = finished is not None and _is_done(output, finished)
+        if finished and (is_done or redrives) and (damage := find_damage(store, root, finished)):
+            _drop_damaged_or_raise(output, finished, damage, drops=restart and not redrives)
+            finished, is_done = None, False
+        if finished and is_done:
             if not unfinished:  # uploads that a late writer has begun since
                 discard_each(store, iter_pending(store, RunFolder(root, finished.run_id)))
             output.manifest = finished
@@ -166,6 +178,19 @@ def _is_done(output: Output, finished: Manifest) -> bool:
     return False
 
 
+def _drop_damaged_or_raise(output: Output, finished: Manifest, damage: str, *, drops: bool) -> None:
+    """Remove a finished run that is not whole any more, so that it runs again, where that was asked for."""
+    if drops:
+        _only_named_or_raise(output, finished)
+        unpublish(output.store, output.folder.root, finished, output.lock)
+        return
+    raise OutputError(
+        f"the output is not what run {finished.run_id} published: {damage}",
+        where=clean_uri(output.folder.root),
+        next=f"put it back, or run the job again in its place: batchpipe run {output.job.path} --restart",
+    )
+
+
 def _no_other_run_or_raise(output: Output, unfinished: list[str]) -> None:
     for run in unfinished:
         theirs = start_of(output.store, RunFolder(output.folder.root, run))
@@ -204,7 +229,13 @@ def _free_or_raise(output: Output, finished: Manifest | None) -> None:
         raise OutputError(
             msg, where=clean_uri(root), next="choose another output.uri, or set output.if_exists: replace"
         )
-    named = {part.uri for part in iter_parts(output.store, root, finished)} if finished else set()
+    _only_named_or_raise(output, finished)
+
+
+def _only_named_or_raise(output: Output, finished: Manifest | None) -> None:
+    root = output.folder.root
+    has_table = finished is not None and output.store.exists(join(root, finished.parts.uri))
+    named = {part.uri for part in iter_parts(output.store, root, finished)} if finished and has_table else set()
     for found in output.store.find(root):
         if (name := relative(found.uri, root)) not in named:
             msg = f"the output folder holds {name!r}, which no manifest names"

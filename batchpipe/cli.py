@@ -148,7 +148,9 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="S",
             help="Seconds to wait for another run in the output.",
         ),
-        click.option("--restart", is_flag=True, help="Drop an unfinished run in the output and begin anew."),
+        click.option(
+            "--restart", is_flag=True, help="Begin anew: drop an unfinished run in the output, or one with lost parts."
+        ),
     ):
         command = option(command)
     return command

@@ -17,6 +17,7 @@ from batchpipe.published import iter_parts, read_manifest
 from batchpipe.redact import clean_uri
 from batchpipe.runs import RunFolder, discard_each, discard_scraps, iter_pending, key, sweep_run, unfinished_runs
 from batchpipe.storage import (
+    Lock,
     ObjectExistsError,
     ObjectMissingError,
     Pending,
@@ -172,6 +173,24 @@ def sweep(store: Store, folder: RunFolder) -> None:
         finish_published(store, folder, published)
     else:
         sweep_run(store, folder)
+
+
+def unpublish(store: Store, root: str, manifest: Manifest, lock: Lock) -> None:
+    """Remove a published run with its parts.
+
+    The manifest goes last: until then, whoever comes knows which run is not whole, and can go on from there. A run that
+    is made anew has the same names: so the lock is asked for before anything is removed, again and again.
+    """
+    folder = RunFolder(root, manifest.run_id)
+    has_table = store.exists(join(root, manifest.parts.uri))
+    parts = iter_parts(store, root, manifest) if has_table else iter(())
+    while some := [join(root, part.uri) for part in islice(parts, AT_A_TIME)]:
+        lock.renew()
+        store.delete(some)
+    lock.renew()
+    store.remove_folder(folder.uri)
+    lock.renew()
+    store.delete([folder.manifest])
 
 
 def _replaced(store: Store, folder: RunFolder, manifest: Manifest) -> Iterator[Part]:

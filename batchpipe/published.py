@@ -6,8 +6,9 @@ from typing import Any
 
 from batchpipe.manifest import Manifest, Part
 from batchpipe.orders import HIDDEN
-from batchpipe.storage import ObjectMissingError, Store, join
+from batchpipe.storage import Found, ObjectMissingError, Store, join, resolve
 from batchpipe.storage.arrow import arrow_path, arrow_system
+from batchpipe.storage.listing import sorted_by_uri
 from batchpipe.tables import iter_table
 
 DESCRIPTION = "run.json"
@@ -37,6 +38,28 @@ def read_description(store: Store, root: str, manifest: Manifest) -> tuple[dict[
 def iter_parts(store: Store, root: str, manifest: Manifest) -> Iterator[Part]:
     """The parts that a manifest names, in order."""
     return map(Part.model_validate_json, iter_table(store, join(root, manifest.parts.uri)))
+
+
+def find_damage(store: Store, root: str, manifest: Manifest) -> str:
+    """The first part that is gone or has another size, in words; empty where none is. Lists once and reads no part."""
+    folder = resolve(root)
+    try:
+        parts = sorted_by_uri(
+            Found(join(folder, each.uri), each.bytes, "") for each in iter_parts(store, root, manifest)
+        )
+    except ObjectMissingError:
+        return f"{manifest.parts.uri} is missing"
+    listed = store.iter_folder(root)
+    found = next(listed, None)
+    for part in parts:
+        while found is not None and found.uri < part.uri:
+            found = next(listed, None)
+        name = part.uri.removeprefix(join(folder, ""))
+        if found is None or found.uri != part.uri:
+            return f"{name} is missing"
+        if found.size != part.size:
+            return f"{name} has {found.size:,} bytes, published were {part.size:,}"
+    return ""
 
 
 def with_dataset(manifest: Manifest, store: Store, root: str, options: Mapping[str, Any] | None) -> Manifest:

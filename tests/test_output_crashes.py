@@ -170,6 +170,24 @@ def test_G2_a_redrive_that_dies_at_any_write_is_finished_by_the_next(folder: Pat
             return
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_G2_a_damaged_output_whose_restart_dies_at_any_write_is_made_anew_by_the_next(folder: Path, layout: str):
+    for number in count():
+        run = SmallRun(folder / str(number), layout, "error")
+        assert run.start().wait() == 0
+        (run.root / next(iter(run.expected(1)))).unlink()
+
+        died = run.start(restart=True, kill_at=number).wait()
+
+        assert run.visible().items() <= run.expected(1).items()
+        assert run.start().wait() in (0, 7), f"after dying at write {number}"
+        assert run.start(restart=True).wait() == 0, f"after dying at write {number}"
+        assert_finished(run)
+        if died == 0:
+            assert number > 50
+            return
+
+
 class Starts(RuleBasedStateMachine):
     """Starts of one output that die or freeze at any write, go on too late, drop what was begun, or replace it."""
 

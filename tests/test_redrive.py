@@ -173,6 +173,30 @@ def test_what_changed_after_a_redrive_is_another_run(jobs: Jobs, change: str):
     assert "choose another output.uri, or set output.if_exists: replace" in other.err
 
 
+@pytest.mark.parametrize("layout", ["parts", "mirror"])
+def test_a_part_that_is_gone_stops_a_redrive_and_the_run_that_it_mended(jobs: Jobs, layout: str):
+    job = failed_first(jobs, output={"layout": layout})
+    jobs.write("mended", "7")
+    kept = jobs.parts()[0].rename(jobs.folder / "kept")
+    unsound = jobs.run("redrive", job, "--restart")
+    kept.rename(jobs.out / ("a.csv.out" if layout == "mirror" else "part-00000000.jsonl"))
+    assert jobs.run("redrive", job).code == 0
+    assert ": done already at " in jobs.run("run", job).out
+    jobs.write("mended", "all")
+    jobs.parts()[-1].unlink()
+
+    refused, restarted = jobs.run("run", job), jobs.run("run", job, "--restart", "--json")
+
+    name = {"parts": "part-00000000.jsonl", "mirror": "a.csv.out"}[layout]
+    added = {"parts": "part-redrive-001-00000000.jsonl", "mirror": "a.csv.redrive-1.out"}[layout]
+    assert (unsound.code, f"published: {name} is missing\n" in unsound.err) == (7, True), unsound.err
+    assert f"run the job again in its place: batchpipe run {job.name} --restart\n" in unsound.err
+    assert (refused.code, f"published: {added} is missing\n" in refused.err) == (7, True), refused.err
+    assert restarted.manifest["accounts"]["written"] == 400, restarted.err
+    assert jobs.run("verify", jobs.out).code == 0
+    assert [path.name for path in jobs.hidden("*") if path.is_dir()] == [restarted.manifest["run_id"]]
+
+
 def test_a_mended_job_is_not_run_while_its_redrive_is_unfinished(jobs: Jobs):
     jobs.write("in/a.csv", csv_rows(100))
     jobs.write("in/b.csv", csv_rows(300, 100))

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,73 @@ def test_replace_keeps_the_old_parts_until_the_new_manifest_names_others(done: J
     assert old.isdisjoint(content(jobs))
     assert [path.name for path in jobs.hidden("*") if path.is_dir()] == [second.manifest["run_id"]]
     assert jobs.run("verify", jobs.out).code == 0
+
+
+def spoil_missing(jobs: Jobs) -> str:
+    jobs.parts()[3].unlink()
+    return "part-00000003.parquet is missing"
+
+
+def spoil_cut(jobs: Jobs) -> str:
+    part = jobs.parts()[-1]
+    size = part.stat().st_size
+    part.write_bytes(part.read_bytes()[:-1])
+    return f"{part.name} has {size - 1:,} bytes, published were {size:,}"
+
+
+def spoil_table(jobs: Jobs) -> str:
+    """As an unpublishing leaves it that was stopped just before its end."""
+    for part in jobs.parts():
+        part.unlink()
+    (table,) = jobs.hidden("*/parts.jsonl")
+    table.unlink()
+    return f"{table.relative_to(jobs.out)} is missing"
+
+
+@pytest.mark.parametrize("spoil", [spoil_missing, spoil_cut, spoil_table])
+def test_a_finished_output_that_lost_something_is_not_done_and_made_anew_when_told_to(
+    done: Jobs, jobs: Jobs, spoil: Callable[[Jobs], str]
+):
+    job = jobs.job("stages:square", **SPLITS)
+    assert jobs.run("run", job).code == 0
+    damage = spoil(jobs)
+
+    refused = jobs.run("run", job)
+    restarted = jobs.run("run", job, "--restart")
+
+    assert refused.code == 7
+    assert re.search(rf"^error: the output is not what run \w+ published: {damage}\n  where: out\n", refused.err)
+    next_ = f"put it back, or run the job again in its place: batchpipe run {job.name} --restart"
+    assert f"  next:  {next_}\n" in refused.err
+    assert (restarted.code, content(jobs)) == (0, content(done)), restarted.err
+    assert "nothing to do" in jobs.run("run", job).out
+    assert len([path for path in jobs.hidden("*") if path.is_dir()]) == 1
+
+
+def test_a_finished_output_that_may_be_replaced_and_lost_a_part_is_told_too(jobs: Jobs):
+    job = jobs.job("stages:square", **{**SPLITS, "output": {"format": "parquet", "if_exists": "replace"}})
+    assert jobs.run("run", job).code == 0
+    jobs.parts()[0].unlink()
+
+    refused, restarted = jobs.run("run", job), jobs.run("run", job, "--restart", "--json")
+
+    assert (refused.code, "-00000000.parquet is missing\n" in refused.err) == (7, True), refused.err
+    assert (restarted.code, restarted.manifest["replaces"]) == (0, ""), restarted.err
+    assert jobs.run("verify", jobs.out).code == 0
+
+
+def test_an_output_that_lost_a_part_is_left_as_it_is_where_others_have_put_files(jobs: Jobs):
+    job = jobs.job("stages:square", **SPLITS)
+    assert jobs.run("run", job).code == 0
+    jobs.parts()[0].unlink()
+    jobs.write("out/notes.txt", "mine")
+    before = content(jobs)
+
+    refused = jobs.run("run", job, "--restart")
+
+    assert (refused.code, content(jobs)) == (7, before)
+    assert "error: the output folder holds 'notes.txt', which no manifest names" in refused.err
+    assert jobs.hidden("manifest.json")
 
 
 def test_a_folder_with_files_of_others_is_refused(jobs: Jobs):

@@ -100,3 +100,20 @@ def test_G2_a_commit_that_failed_half_way_is_finished_by_the_next_start(jobs: Jo
 
     assert (again.code, jobs.part_bytes()) == (0, EXPECTED), again.err
     assert jobs.run("verify", jobs.out).code == 0
+
+
+def test_an_answer_that_is_gone_is_told_whatever_order_names_have_and_made_anew(jobs: Jobs):
+    """`small.csv` comes before `small.csv-2`, and its answer behind; `_part.csv` is named and no data of the output."""
+    names = {"small.csv": 2, "small.csv-2": 3, "_part.csv": 4}
+    for name, rows in names.items():
+        jobs.write(f"in/{name}", csv_rows(rows))
+    job = jobs.job(input={"uri": [f"in/{name}" for name in names]}, output=MIRROR)
+    expected = {f"{name}.out": answers(rows) for name, rows in names.items()}
+    assert jobs.run("run", job).code == 0
+    assert "nothing to do" in jobs.run("run", job).out
+    (jobs.out / "small.csv-2.out").unlink()
+
+    refused, restarted = jobs.run("run", job), jobs.run("run", job, "--restart")
+
+    assert (refused.code, "published: small.csv-2.out is missing\n" in refused.err) == (7, True), refused.err
+    assert (restarted.code, jobs.part_bytes()) == (0, expected), restarted.err

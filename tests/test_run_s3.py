@@ -424,6 +424,27 @@ def test_a_finished_output_is_replaced_when_the_job_says_so(place: Place):
     assert run_command_line(["verify", str(place.jobs.folder / "job.yaml")]) == 0
 
 
+@pytest.mark.parametrize("how", ["missing", "cut"])
+def test_a_finished_output_that_lost_something_is_not_done_and_made_anew_when_told_to(place: Place, how: str):
+    place.put(a="one\n", b="two\n", c="three\n")
+    job = place.job()
+    assert place.jobs.run("run", job).code == 0
+    assert "nothing to do" in place.jobs.run("run", job).out
+    sound, key = place.sha256(), place.visible()[1]
+    if how == "missing":
+        place.server.client.delete_object(Bucket=place.bucket, Key=key)
+    else:
+        place.server.client.put_object(Bucket=place.bucket, Key=key, Body=place.read(key)[:-1])
+
+    refused, restarted = place.jobs.run("run", job), place.jobs.run("run", job, "--restart")
+
+    said = {"missing": "is missing", "cut": "has 14 bytes, published were 15"}[how]
+    assert refused.code == 7
+    assert re.search(rf"run \w+ published: part-00000001.jsonl {said}\n  where: s3://{place.bucket}/out\n", refused.err)
+    assert (restarted.code, place.sha256()) == (0, sound), restarted.err
+    assert "nothing to do" in place.jobs.run("run", job).out
+
+
 # --- what people are told ---
 
 
