@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -143,8 +144,11 @@ def test_a_folder_read_as_a_file_is_an_input_error(tmp_path: Path):
 
 def test_a_file_where_a_folder_should_be_is_an_output_error(tmp_path: Path):
     (tmp_path / "out").touch()
-    with pytest.raises(OutputError, match=r"cannot write '.*': a (file is where a folder|part of its path is a file)"):
+    with pytest.raises(
+        OutputError, match=r"cannot make the folder '.*/out': a file is where a folder should be\n"
+    ) as told:
         STORE.put(str(tmp_path / "out" / "x"), b"")
+    assert told.value.next == f"check the path: ls -ld {tmp_path}/out"
 
 
 def test_a_folder_that_another_run_removed_while_a_piece_was_written_is_told(tmp_path: Path):
@@ -169,7 +173,7 @@ def test_a_full_disk_is_an_output_error_that_names_what_to_do():
 @pytest.mark.parametrize(
     ("number", "text"),
     [
-        (errno.EACCES, "permission denied\n  next:  check its owner and mode: ls -ld /out/x"),
+        (errno.EACCES, "permission denied\n  next:  check its owner and mode: ls -ld /"),
         (errno.EROFS, "the file system is read-only\n  next:  choose another place, or mount it writable"),
         (errno.EDQUOT, "the disk quota is used up\n  next:  free some space there, then run the same command again"),
         (errno.EIO, "Input/output error"),
@@ -188,6 +192,20 @@ def test_a_user_without_the_right_to_write_is_told(tmp_path: Path):
     command = [sys.executable, "-c", program, str(tmp_path / "x")]
     told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     assert f"OutputError: cannot write '{tmp_path / 'x'}': permission denied" in told
+
+
+def test_a_place_that_takes_no_folder_is_told_with_what_is_there():
+    with pytest.raises(OutputError) as proc:
+        STORE.lock("/proc/out/_batchpipe/lock", {})
+    with pytest.raises(OutputError) as sys_:
+        STORE.lock("/sys/out/_batchpipe/lock", {})
+
+    assert (proc.value.message, proc.value.next) == (
+        "cannot make the folder '/proc/out': its file system takes no folder there",
+        "choose another place",
+    )
+    assert re.match(r"cannot make the folder '/sys/out': (operation not permitted|permission denied)", str(sys_.value))
+    assert re.fullmatch(r"check its owner.* ls -ld /sys", sys_.value.next)
 
 
 def test_our_errors_survive_pickling():

@@ -6,6 +6,7 @@ import secrets
 import shutil
 from pathlib import Path
 
+from batchpipe.storage.explain import MAKING, explained
 from batchpipe.storage.store import ObjectExistsError
 
 TEMPORARY = ".batchpipe-tmp"
@@ -91,11 +92,18 @@ def write_beside(path: Path, data: bytes) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, durably."""
-    if not folder.is_dir():
+    """Make a folder and those above it, durably. One that somebody removes meanwhile, empty, is made again."""
+    while not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync(folder.parent)
+        with explained(MAKING, str(folder)):
+            try:
+                folder.mkdir(exist_ok=True)
+                sync(folder.parent)
+            except FileNotFoundError as exc:
+                if folder.parent.is_dir():  # as in /proc
+                    raise MAKING.failed(
+                        str(folder), "its file system takes no folder there", "choose another place"
+                    ) from exc
 
 
 def sync(path: Path) -> None:

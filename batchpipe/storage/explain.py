@@ -1,6 +1,7 @@
 """Errors of the operating system as one clear line with what to check: the texts that every kind of store shares."""
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,16 +27,17 @@ class Doing:
 READING = Doing("read", InputError)
 LISTING = Doing("list", InputError)
 WRITING = Doing("write", OutputError)
+MAKING = Doing("make the folder", OutputError)
 
 _REASONS = {
     errno.ENOSPC: ("no space left on the device", "free some space there, then run the same command again: it resumes"),
     errno.EDQUOT: ("the disk quota is used up", "free some space there, then run the same command again: it resumes"),
-    errno.EACCES: ("permission denied", "check its owner and mode: ls -ld {uri}"),
-    errno.EPERM: ("operation not permitted", "check its owner, mode and attributes: ls -ld {uri}"),
+    errno.EACCES: ("permission denied", "check its owner and mode: ls -ld {there}"),
+    errno.EPERM: ("operation not permitted", "check its owner, mode and attributes: ls -ld {there}"),
     errno.EROFS: ("the file system is read-only", "choose another place, or mount it writable"),
     errno.EISDIR: ("it is a folder", "name an object in it"),
-    errno.ENOTDIR: ("a part of its path is a file, not a folder", "check the path: ls -ld {folder}"),
-    errno.EEXIST: ("a file is where a folder should be", "check the path: ls -ld {folder}"),
+    errno.ENOTDIR: ("a part of its path is a file, not a folder", "check the path: ls -ld {there}"),
+    errno.EEXIST: ("a file is where a folder should be", "check the path: ls -ld {there}"),
     errno.ENAMETOOLONG: ("its name is too long", "choose a shorter one"),
     errno.ELOOP: ("its symbolic links go in a circle", "check the path: ls -ld {uri}"),
     errno.EMFILE: ("too many open files", "raise the limit: ulimit -n 4096"),
@@ -66,4 +68,10 @@ def explained(doing: Doing, uri: str) -> Iterator[None]:
     except OSError as exc:
         why, check = _REASONS.get(exc.errno or 0, (exc.strerror or str(exc) or type(exc).__name__, ""))
         where = clean_uri(uri)
-        raise doing.failed(uri, why, check.format(uri=where, folder=Path(where).parent)) from exc
+        raise doing.failed(uri, why, check.format(uri=where, there=_nearest(where))) from exc
+
+
+def _nearest(path: str) -> str:
+    """The path, or of the folders above it the first that is there: whose mode refuses what is to be made."""
+    above = [] if "://" in path else (path, *map(str, Path(path).parents))
+    return next(filter(os.path.exists, above), path)
