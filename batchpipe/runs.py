@@ -119,8 +119,11 @@ def unfinished_runs(store: Store, root: str) -> list[str]:
 def remove_strays(store: Store, root: str, strayed: Iterable[str]) -> None:
     """Remove the pieces of strayed runs. Uploads are no run's, and stay: another run's journal may name them."""
     for run in strayed:
+        folder = RunFolder(root, run)
         for name in PIECE_FOLDERS:
-            store.remove_folder(RunFolder(root, run) / name)
+            store.remove_folder(folder / name)
+        if next(store.iter_folder(folder.uri), None) is None:  # on a local disk the folder itself would stay
+            store.remove_folder(folder.uri)
 
 
 def has_settled(store: Store, folder: RunFolder) -> bool:

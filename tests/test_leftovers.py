@@ -72,8 +72,23 @@ def test_clean_drops_unfinished_runs_only_when_told_to(jobs):
     cleaned = jobs.run("clean", "out", "--unfinished")
 
     assert cleaned.code == 0
-    assert not jobs.hidden("*/journal/*")
+    assert list(jobs.out.iterdir()) == []
     assert jobs.run("clean", "out").out == "nothing to clean\n"
+
+
+def test_where_there_is_nothing_that_is_said_and_nothing_made(jobs):
+    listed, cleaned = jobs.run("ps", "out"), jobs.run("clean", "out")
+
+    assert (listed.code, cleaned.out, jobs.out.exists()) == (0, "nothing to clean\n", False)
+
+
+def test_clean_removes_the_folder_that_a_late_writer_made_for_its_pieces(jobs):
+    jobs.write("out/_batchpipe/late/pending/piece", "late")
+
+    cleaned = jobs.run("clean", "out")
+
+    assert "removed piece      orphan" in cleaned.out
+    assert list(jobs.out.iterdir()) == []
 
 
 def test_clean_leaves_the_uploads_that_an_unfinished_run_names_whatever_a_late_writer_left(

@@ -272,4 +272,4 @@ def test_a_folder_with_files_of_others_is_refused(jobs: Jobs):
 
     assert ran.code == 7
     assert "error: the output folder holds 'notes.txt', which no manifest names" in ran.err
-    assert jobs.hidden("*") == []
+    assert [path.name for path in jobs.out.iterdir()] == ["notes.txt"]

@@ -3,18 +3,25 @@
 import fcntl
 import os
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
 from batchpipe.errors import OutputError
 from batchpipe.storage import owner as owners
+from batchpipe.storage.durable import make_folder
 
 
 class FileLock:
-    """Holds a flock on a file that names its owner. The descriptor is close-on-exec: children do not inherit it."""
+    """Holds a flock on a file that names its owner. The descriptor is close-on-exec: children do not inherit it.
+
+    The folder of the lock, and those above it that were made for it, go with it where nothing else came into them.
+    """
 
     def __init__(self, path: Path, owner: Mapping[str, Any]) -> None:
         self._path = path
+        self._folders = [path.parent, *takewhile(lambda folder: not folder.exists(), path.parent.parents)]
         self._descriptor: int | None = _locked_descriptor(path)
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, owners.to_bytes(owners.this_process(owner)), 0)
@@ -33,6 +40,9 @@ class FileLock:
                 self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
+            with suppress(OSError):  # not empty, or somebody else has removed it
+                for folder in self._folders:
+                    folder.rmdir()
 
     def __enter__(self) -> Self:
         return self
@@ -43,7 +53,13 @@ class FileLock:
 
 def _locked_descriptor(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        make_folder(path.parent)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            if path.parent.is_dir():
+                raise
+            continue  # its last holder removed the folder between our making and our opening
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(descriptor, path):

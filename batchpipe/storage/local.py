@@ -160,7 +160,6 @@ class LocalStore:
         """A flock: the system itself lets go of it when its holder dies, so ``ttl_s`` plays no part."""
         path = Path(resolve(uri))
         with explained(WRITING, str(path)):
-            make_folder(path.parent)
             return FileLock(path, owner)
 
     def supports_conditional_put(self, folder: str) -> bool:  # noqa: ARG002 - part of Store
