@@ -39,6 +39,7 @@ __all__ = [
     "StageSpec",
     "WorkerRange",
     "fingerprint_document",
+    "run_id_or_raise",
     "supported_or_raise",
 ]
 
@@ -233,6 +234,16 @@ def supported_or_raise(job: Job) -> None:
             raise JobError(f"{job.path}: {key}: this version of batchpipe cannot do it yet", next="leave it out")
 
 
+def run_id_or_raise(run_id: str) -> None:
+    """Refuse a run id that cannot be a folder's name beside those of the output's own files. Raises JobError."""
+    if not _RUN_ID.fullmatch(run_id) or run_id in ("lock", "manifest.json"):
+        raise JobError(
+            f"the run id {run_id!r} cannot be the name of the run's folder",
+            next="give --run-id 1 to 100 letters, digits and . _ - : +, a letter or digit first"
+            " (and neither lock nor manifest.json)",
+        )
+
+
 def fingerprint_document(job: Job) -> dict[str, Any]:
     """Return the part of *job* that decides its answers: what the fingerprint is made of, beside inputs and sources.
 
@@ -253,6 +264,7 @@ def fingerprint_document(job: Job) -> dict[str, Any]:
     return {**{key: block for key, block in clean_document(document).items() if block}, "stages": stages}
 
 
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,99}")
 _RESOURCES = {"startup_timeout_s", "cpus", "memory_mb", "shm_mb", "pids"}
 _NOT_IN_FINGERPRINT: Any = {
     "name": True,

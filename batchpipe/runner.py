@@ -5,7 +5,7 @@ What takes long to import is imported inside, after the first worker process has
 
 from typing import TYPE_CHECKING
 
-from batchpipe.job import Job, supported_or_raise
+from batchpipe.job import Job, run_id_or_raise, supported_or_raise
 from batchpipe.jobfile import fill_run_id
 from batchpipe.processes import open_host
 from batchpipe.schedule import OnProgress, ignore
@@ -28,6 +28,8 @@ def run_job(
     is a no-op for what is done. Raises a BatchpipeError, whose `exit_code` is the command's.
     """
     supported_or_raise(job)
+    if run_id is not None:
+        run_id_or_raise(run_id)
     with open_host(job.compute) as host:
         from batchpipe.claim import open_output
         from batchpipe.fingerprint import make_fingerprint
@@ -63,6 +65,8 @@ def redrive_job(
     is finished.
     """
     supported_or_raise(job)
+    if run_id is not None:
+        run_id_or_raise(run_id)
     with open_host(job.compute) as host:
         from batchpipe.claim import open_output
         from batchpipe.fingerprint import make_fingerprint

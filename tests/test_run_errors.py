@@ -125,6 +125,24 @@ def test_a_wrong_job_file_is_2_and_names_the_place(jobs: Jobs, content: str | No
     assert (ran.code, text in ran.err) == (2, True), ran.err
 
 
+@pytest.mark.parametrize("verb", ["run", "redrive"])
+@pytest.mark.parametrize("run_id", ["a b/c", "..", "", "lock", "x" * 101])
+def test_a_run_id_that_can_be_no_folder_is_2_and_says_what_it_may_be(jobs: Jobs, verb: str, run_id: str):
+    ran = jobs.run(verb, jobs.job(), "--run-id", run_id)
+
+    assert (ran.code, jobs.out.exists()) == (2, False)
+    assert ran.err.startswith(f"error: the run id {run_id!r} cannot be the name of the run's folder\n")
+    assert "  next:  give --run-id 1 to 100 letters, digits and . _ - : +, a letter or digit first" in ran.err
+
+
+def test_a_run_id_of_airflow_is_taken(jobs: Jobs):
+    jobs.write("in/a.csv", "n\n1\n")
+
+    ran = jobs.run("run", jobs.job(), "--run-id", "scheduled__2024-01-31T00:00:00+00:00")
+
+    assert (ran.code, len(jobs.records())) == (0, 1), ran.err
+
+
 def test_an_error_is_one_json_object_where_asked_for(jobs: Jobs):
     ran = jobs.run("run", jobs.job(), "--json")
 
