@@ -299,8 +299,11 @@ def ps(output: str | None) -> None:
     """List what runs hold on this host, and in OUTPUT: containers, scratch folders, unfinished runs, pending pieces."""
     from batchpipe.leftovers import find_in_output, find_on_host
 
-    for found in [*find_on_host(), *(find_in_output(*_open_output(output)) if output else [])]:
+    held = [*find_on_host(), *(find_in_output(*_open_output(output)) if output else [])]
+    for found in held:
         click.echo(str(found))
+    if not held:
+        click.echo("nothing held")
 
 
 @commands.command()

@@ -2,10 +2,12 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from batchpipe.errors import BatchpipeError
 from batchpipe.orders import HIDDEN
 from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX, SWEEP_PREFIX
 from batchpipe.publication import sweep
@@ -13,23 +15,27 @@ from batchpipe.published import read_manifest
 from batchpipe.runs import RunFolder, discard_run, find_runs, iter_pending, remove_strays
 from batchpipe.stages.engine import EngineError, find_engine
 from batchpipe.stages.leftovers import find_started, remove_started
-from batchpipe.storage import Store, join
+from batchpipe.storage import ObjectMissingError, Store, join
 from batchpipe.storage.owner import from_bytes, is_dead
+
+IN_USE, UNFINISHED, ORPHAN = "in use", "unfinished", "orphan"
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Something that a run holds, or left: what, where, of which run, since when, and whether nobody owns it."""
+    """Something that a run holds, or left: what, where, of which run, since when.
+
+    Its state is IN_USE by a process, UNFINISHED where a run may be resumed and no process is at it, or ORPHAN.
+    """
 
     kind: str
     name: str
     run_id: str
     since: str
-    is_orphan: bool
+    state: str
 
     def __str__(self) -> str:
-        state = "orphan" if self.is_orphan else "in use"
-        return f"{self.kind:<10} {state:<7} {self.run_id or '-':<10} {self.since or '-':<24} {self.name}"
+        return f"{self.kind:<10} {self.state:<10} {self.run_id or '-':<10} {self.since or '-':<24} {self.name}"
 
 
 def find_on_host() -> list[Leftover]:
@@ -39,7 +45,7 @@ def find_on_host() -> list[Leftover]:
 
 def clean_host() -> list[Leftover]:
     """Remove what no living process owns; return it."""
-    orphans = [found for found in find_on_host() if found.is_orphan]
+    orphans = [found for found in find_on_host() if found.state == ORPHAN]
     try:
         engine = find_engine()
         remove_started(engine, [each for each in find_started(engine) if each.is_orphan])
@@ -56,13 +62,32 @@ def clean_host() -> list[Leftover]:
 def find_in_output(store: Store, root: str) -> list[Leftover]:
     """Unfinished runs of an output and its pending pieces. A piece is an orphan where no such run may name it."""
     (unfinished, strayed), seen = find_runs(store, root), dict[str, Leftover]()
-    runs = [Leftover("run", join(root, HIDDEN, run), run, "", is_orphan=False) for run in unfinished]
+    holder = _holder(store, root) if unfinished else ""
+    states = {run: IN_USE if run == holder else UNFINISHED for run in unfinished}
+    runs = [Leftover("run", join(root, HIDDEN, run), run, "", state) for run, state in states.items()]
     for run in [*unfinished, *strayed] or [""]:
         for pending in iter_pending(store, RunFolder(root, run)):
             name = pending.uri or pending.staging
-            piece = Leftover("piece", name, run, "", is_orphan=run not in unfinished)
+            piece = Leftover("piece", name, run, "", states.get(run, ORPHAN))
             seen.setdefault(pending.upload_id or pending.staging, piece)
     return [*runs, *seen.values()]
+
+
+def _holder(store: Store, root: str) -> str:
+    """The run whose process holds the output; empty where none does, whatever lock one that died has left."""
+    uri = join(root, HIDDEN, "lock")
+    try:
+        owner = from_bytes(store.read(uri))
+    except ObjectMissingError:
+        return ""
+    if is_dead(owner):
+        return ""
+    try:
+        # Of a process that cannot be seen from here only the lock itself can tell. Who comes meanwhile waits for us.
+        with store.lock(uri, {"run": "ps", "sweeps": True}):
+            return ""
+    except BatchpipeError:  # it is held, or only its holder may write here
+        return str(owner.get("run", ""))
 
 
 def clean_output(store: Store, root: str, *, drops_unfinished: bool) -> list[Leftover]:
@@ -91,7 +116,8 @@ def _started() -> Iterator[Leftover]:
     except EngineError:
         return
     for each in started:
-        yield Leftover(each.kind, f"{each.name} ({each.stage})", each.run_id, each.since, each.is_orphan)
+        state = ORPHAN if each.is_orphan else IN_USE
+        yield Leftover(each.kind, f"{each.name} ({each.stage})", each.run_id, each.since, state)
 
 
 def _scratch_folders() -> Iterator[Leftover]:
@@ -100,7 +126,7 @@ def _scratch_folders() -> Iterator[Leftover]:
             owner = from_bytes((folder / OWNER_FILE).read_bytes())
         except OSError:
             continue  # not ours, not readable, or removed just now
-        yield Leftover("scratch", str(folder), str(owner.get("run", "")), str(owner.get("since", "")), is_dead(owner))
+        yield _of_process("scratch", folder, owner)
 
 
 def _sweep_orders() -> Iterator[Leftover]:
@@ -110,4 +136,9 @@ def _sweep_orders() -> Iterator[Leftover]:
             owner = dict(from_bytes(file.read_bytes()).get("owner") or {})
         except OSError:
             continue
-        yield Leftover("order", str(file), str(owner.get("run", "")), str(owner.get("since", "")), is_dead(owner))
+        yield _of_process("order", file, owner)
+
+
+def _of_process(kind: str, path: Path, owner: Mapping[str, Any]) -> Leftover:
+    state = ORPHAN if is_dead(owner) else IN_USE
+    return Leftover(kind, str(path), str(owner.get("run", "")), str(owner.get("since", "")), state)

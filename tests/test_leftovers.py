@@ -1,17 +1,20 @@
 """What a power cut or an obstacle leaves: listed by `ps`, removed by `clean`, finished by whoever runs next."""
 
 import contextlib
+import fcntl
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from batchpipe.journal import open_journal
-from batchpipe.leftovers import clean_output
+from batchpipe.leftovers import clean_output, find_in_output
 from batchpipe.runs import RunFolder, iter_pending
-from batchpipe.storage import open_store
+from batchpipe.storage import Store, open_store
 from tests.jobs import ECHO, GATE, Jobs, csv_rows, until
 from tests.s3_server import S3Server
 
@@ -56,7 +59,8 @@ def test_what_a_power_cut_leaves_is_listed_cleaned_and_the_run_resumes(jobs):
 
     listed = jobs.run("ps", "out").out
     assert "scratch    orphan" in listed
-    assert "run        in use" in listed
+    assert re.search(r"^run        unfinished \w{8} ", listed, re.M)
+    assert "in use" not in listed
     cleaned = jobs.run("clean", "out")
 
     assert "removed scratch" in cleaned.out
@@ -72,14 +76,17 @@ def test_clean_drops_unfinished_runs_only_when_told_to(jobs):
     cleaned = jobs.run("clean", "out", "--unfinished")
 
     assert cleaned.code == 0
+    assert re.search(r"^removed run        unfinished \w{8} ", cleaned.out, re.M)
+    assert "in use" not in cleaned.out
     assert list(jobs.out.iterdir()) == []
     assert jobs.run("clean", "out").out == "nothing to clean\n"
 
 
 def test_where_there_is_nothing_that_is_said_and_nothing_made(jobs):
-    listed, cleaned = jobs.run("ps", "out"), jobs.run("clean", "out")
+    # No engine is found there: what others run in theirs is no concern of this test.
+    listed, cleaned = jobs.run("ps", "out", PATH="/nowhere"), jobs.run("clean", "out", PATH="/nowhere")
 
-    assert (listed.code, cleaned.out, jobs.out.exists()) == (0, "nothing to clean\n", False)
+    assert (listed.out, cleaned.out, jobs.out.exists()) == ("nothing held\n", "nothing to clean\n", False)
 
 
 def test_clean_removes_the_folder_that_a_late_writer_made_for_its_pieces(jobs):
@@ -118,11 +125,57 @@ def test_a_run_at_work_is_in_use_and_its_output_locked(jobs):
     jobs.start("run", gated_job(jobs))
     until((jobs.folder / "began").exists)
 
-    assert "scratch    in use" in jobs.run("ps").out
+    listed = jobs.run("ps", "out").out
+    assert "scratch    in use" in listed
+    assert "run        in use" in listed
     refused = jobs.run("clean", "out")
 
     assert refused.code == 75
     assert "holds this output" in refused.err
+
+
+def begun(root: str, options: dict[str, Any]) -> Store:
+    """An output with the unfinished run `mine`."""
+    store = open_store(root, options)
+    journal = open_journal(store, RunFolder(root, "mine") / "journal")
+    journal.append("start")
+    journal.flush()
+    return store
+
+
+def states(store: Store, root: str) -> list[str]:
+    return [found.state for found in find_in_output(store, root)]
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_a_run_is_in_use_while_its_own_process_holds_the_output(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+):
+    root, options = str(tmp_path), dict[str, Any]()
+    if kind == "s3":
+        root = f"s3://{request.getfixturevalue('bucket')}/out"
+        options = {"s3": request.getfixturevalue("s3_server").storage_options}
+    store = begun(root, options)
+
+    with store.lock(f"{root}/_batchpipe/lock", {"run": "mine"}):
+        mine = states(store, root)
+    with store.lock(f"{root}/_batchpipe/lock", {"run": "other"}):
+        other = states(store, root)
+
+    assert (mine, other, states(store, root)) == (["in use"], ["unfinished"], ["unfinished"])
+
+
+def test_of_a_process_that_cannot_be_seen_the_lock_tells_whether_it_lives(tmp_path: Path):
+    """As of one in a container, which has processes of its own."""
+    root, lock = str(tmp_path), f"{tmp_path}/_batchpipe/lock"
+    store = begun(root, {})
+    store.put(lock, b'{"run": "mine", "host": "elsewhere"}')
+
+    with Path(lock).open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        alive = states(store, root)
+
+    assert (alive, states(store, root)) == (["in use"], ["unfinished"])
 
 
 def test_g2_a_run_that_had_begun_to_publish_is_finished_by_a_start_of_another_job(jobs):
