@@ -194,20 +194,20 @@ def redrive(**options: Any) -> None:
 
 def _run(function: Callable[..., "Manifest"], options: Mapping[str, Any]) -> tuple["Manifest", bool]:
     """Run a job by `run_job` or `redrive_job`; the manifest, and whether anything had to be done for it."""
-    from batchpipe.progress import choose_progress
+    from batchpipe.progress import open_progress
     from batchpipe.redact import mask, secrets_of
 
     job = _load(options["job"], options["variables"], options["settings"], options["workers"])
     command = mask(_command_line(), secrets_of(job))
-    show = choose_progress("none" if options["quiet"] else options["progress"], command)
-    steps = set()
-
-    def watch(progress: "Progress") -> None:
-        steps.add(progress.step)
-        show(progress)
-
     given = {name: options[name] for name in ("run_id", "restart", "wait_s")}
-    return function(job, **given, on_progress=watch), bool(steps)
+    steps = set()
+    with open_progress("none" if options["quiet"] else options["progress"], command) as show:
+
+        def watch(progress: "Progress") -> None:
+            steps.add(progress.step)
+            show(progress)
+
+        return function(job, **given, on_progress=watch), bool(steps)
 
 
 def _print_result(manifest: "Manifest", options: Mapping[str, Any], text: Callable[[str], str]) -> None:

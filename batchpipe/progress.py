@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -15,16 +16,21 @@ from batchpipe.summary import count, format_bytes, format_seconds, short_path
 LOG_EVERY_S = 10.0
 
 
-def choose_progress(mode: str, resume: str, stream: TextIO = sys.stderr) -> OnProgress:
+@contextmanager
+def open_progress(mode: str, resume: str, stream: TextIO = sys.stderr) -> Iterator[OnProgress]:
     """The callback for ``auto``, ``bar``, ``log`` or ``none``; auto is a bar on a terminal.
 
-    `resume` is the command that a person types to go on.
+    `resume` is the command that a person types to go on. Whatever ends the block, what is printed next begins a line.
     """
     if mode == "auto":
         mode = "bar" if stream.isatty() else "log"
     if mode == "none":
-        return ignore
-    return Bar(stream, resume) if mode == "bar" else Log(stream, resume)
+        yield ignore
+    elif mode == "log":
+        yield Log(stream, resume)
+    else:
+        with closing(Bar(stream, resume)) as bar:
+            yield bar
 
 
 class Log:
@@ -81,6 +87,13 @@ class Bar:
             self._update(progress)
         elif self._bar is not None:
             self._update(progress)
+            self._bar.close()
+            self._bar = None
+
+    def close(self) -> None:
+        """Leave the bar as it stands, of a run that ends early, and end its line."""
+        if self._bar is not None:
+            self._bar.leave = True
             self._bar.close()
             self._bar = None
 

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ def slow(frame: pd.DataFrame):
     if frame.n.min() >= 100:
         (HERE / "began").touch()
         wait_for("go")
+        assert "FAILS" not in os.environ
     return frame
 """
 
@@ -70,6 +72,28 @@ def test_a_terminal_shows_a_bar_with_records_rate_failures_and_workers(jobs: Job
     )
     assert re.search(r"\d+% \|.{20}\| 100 records  [\d.k]+/s  eta \S.*  failed 0  workers 1", shown)
     assert "done in" in out.decode()
+
+
+@pytest.mark.parametrize("ends", ["signal", "error"])
+def test_what_ends_a_run_is_told_on_a_line_below_the_bar(jobs: Jobs, ends: str):
+    job = jobs.job("stages:slow", batch={"max_records": 50})
+    terminal, theirs = pty.openpty()
+    environment = {**jobs.environment, "FAILS": "1"}
+    run = subprocess.Popen([*COMMAND, "run", str(job)], cwd=jobs.folder, env=environment, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = ""
+    while " 100 records" not in shown:
+        shown += os.read(terminal, 1 << 16).decode()
+    if ends == "signal":
+        run.send_signal(signal.SIGTERM)
+    else:
+        jobs.write("go", "")
+    shown += read_all(terminal)
+    run.wait(timeout=60)
+    os.close(terminal)
+
+    told = {"signal": "stopped by SIGTERM: ", "error": "error: stage 'slow' failed for "}[ends]
+    assert f"workers 1\r\n{told}" in shown
 
 
 def test_without_a_terminal_each_step_is_a_line_of_pairs_and_stdout_one_json_object(jobs: Jobs):
