@@ -1,11 +1,13 @@
 """A manifest, a plan or an error as the text a person reads. Pure: prints nothing, reads nothing."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchpipe.redact import clean_uri
+from batchpipe.split import SPLITS_AT_A_TIME
 
 if TYPE_CHECKING:
     from batchpipe.errors import BatchpipeError
@@ -67,19 +69,15 @@ def summarize(manifest: "Manifest", folder: Path, *, was_done: bool = False, red
     ]
     widths = [max(len(f"{row[1]:,}") for row in rows), max(len(row[2]) for row in rows)]
     for name, records, things, size, where in rows:
-        noun = "record " if records == 1 else "records"
         sizes = f"{format_bytes(size):>9}"
-        lines.append(f"  {name:<9} {records:>{widths[0]},} {noun}  {things:<{widths[1]}}  {sizes}  {where}")
+        lines.append(f"  {name:<9} {_records(records, widths[0])}  {things:<{widths[1]}}  {sizes}  {where}")
     if accounts.quarantined and manifest.failures:
-        first = manifest.failures[0]
         where = f"{out}/_batchpipe/{manifest.run_id}/quarantine"
-        lines.append(
-            f"  failed    {accounts.quarantined:>{widths[0]},} records  {first['reason']} in {first['stage']}  {where}"
-        )
+        lines.append(f"  failed    {_records(accounts.quarantined, widths[0])}  {_reasons(manifest)}  {where}")
     if manifest.is_redriven:
         new = manifest.generations[-1].accounts
         lines.append(
-            f"  redriven  {new.read:>{widths[0]},} {'record ' if new.read == 1 else 'records'}"
+            f"  redriven  {_records(new.read, widths[0])}"
             f"  {new.written:,} written, {new.quarantined:,} failed again, {new.dropped:,} dropped"
         )
     lines.append(
@@ -113,18 +111,33 @@ def _inputs(manifest: "Manifest", folder: Path) -> str:
     return ", ".join(short_path(uri, folder) for uri in manifest.input[:2]) + ", ..." * (len(manifest.input) > 2)
 
 
+def _records(number: int, width: int) -> str:
+    return f"{number:>{width},} {'record ' if number == 1 else 'records'}"
+
+
+def _reasons(manifest: "Manifest") -> str:
+    """Why records failed. The manifest keeps the first few: where more did, the first speaks for itself alone."""
+    kinds = Counter(f"{failure['reason']} in {failure['stage']}" for failure in manifest.failures)
+    if len(manifest.failures) < manifest.accounts.quarantined:
+        return f"first: {next(iter(kinds))}"
+    return ", ".join(f"{number:,} {kind}" if len(kinds) > 1 else kind for kind, number in kinds.items())
+
+
 def _shares(manifest: "Manifest") -> str:
     spent = {name: stage.seconds for name, stage in manifest.stages.items()}
     spent |= {"read": manifest.read_s, "write": manifest.write_s}
     total = sum(spent.values()) or 1.0
     shares = "  ".join(f"{name} {100 * seconds / total:.0f}%" for name, seconds in spent.items())
-    return f"{shares}  ({count(manifest.workers, 'worker')}, {manifest.worker_seconds:.1f} worker-seconds)"
+    workers = f"{count(manifest.workers, 'worker')}, {SPLITS_AT_A_TIME} splits at a time on each"
+    return f"{shares}  ({workers}, {manifest.worker_seconds:.1f} s over all splits)"
 
 
 def explain(error: "BatchpipeError", folder: Path) -> str:
     """An error as printed on stderr: what, where, the end of a log, what to type next; paths as seen from a folder."""
     lines = [f"error: {error.message}"]
-    for label, text in (("where", error.where), ("log", error.log), ("next", error.next)):
+    # A stage's log comes indented below its first line, for `str(error)`: here all labels have one margin.
+    log = error.log.replace("\n        ", "\n")
+    for label, text in (("where", error.where), ("log", log), ("next", error.next)):
         if text:
             indented = text.replace("\n", "\n         ")
             lines.append(f"  {label + ':':<6} {indented}")

@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchpipe.errors import PoolError
+from batchpipe.errors import PoolError, StageStartError
 from batchpipe.jobfile import load_job
 from batchpipe.orders import Orders, Place, Schemas
+from batchpipe.stages.logs import tail
+from batchpipe.summary import explain
 from batchpipe.transform import run_splits
 from tests.jobs import ECHO, Jobs, csv_rows, open_jobs
 
@@ -221,6 +223,44 @@ def test_a_full_disk_is_7_and_the_run_resumes_when_there_is_room(jobs: Jobs):
     assert "free some space there, then run the same command again: it resumes" in full.err
     assert (resumed.code, written) == (0, 20_000), resumed.err
     assert "kept=0" not in resumed.err
+
+
+def test_a_summary_names_each_reason_of_the_failed_records_and_the_first_where_they_are_many(jobs: Jobs):
+    wrong = ["1,a,b", "2,a,b", "x,a"]
+    jobs.write("few/a.csv", csv_rows(9) + "\n".join(wrong) + "\n")
+    many = jobs.write("many/a.csv", csv_rows(9) + "\n".join(wrong * 5) + "\n").parent
+    job = jobs.job(input={"uri": "few", "types": {"n": "int64"}}, on_error={"max_failed_records": 100})
+
+    of_few = jobs.run("run", job)
+    of_many = jobs.run("run", job, f"--set=input.uri={many}", "--set=output.uri=other")
+    one = jobs.write("one/a.csv", csv_rows(9) + wrong[0]).parent
+    of_one = jobs.run("run", job, f"--set=input.uri={one}", "--set=output.uri=third")
+
+    assert re.search(r"^  failed     3 records  2 Unparsable in read, 1 WrongType in read  out/", of_few.out, re.M)
+    assert re.search(r"^  failed    15 records  first: Unparsable in read  other/", of_many.out, re.M)
+    assert re.search(r"^  failed     1 record   Unparsable in read  third/", of_one.out, re.M), of_one.out
+
+
+def test_a_summary_says_how_worker_time_is_meant(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(3))
+
+    ran = jobs.run("run", jobs.job())
+
+    assert re.search(r"^  time .*  \(1 worker, 2 splits at a time on each, \d+\.\d s over all splits\)$", ran.out, re.M)
+
+
+def test_the_lines_of_a_log_are_told_below_one_another():
+    log = tail("starts\n    deeper\nends", frozenset(), "model.log")
+
+    told = explain(StageStartError("stage 'model' did not start", log=log), Path("/"))
+
+    assert told == (
+        "error: stage 'model' did not start\n"
+        "  log:   starts\n"
+        "             deeper\n"
+        "         ends\n"
+        "         (last 3 of 3 lines; all in logs/model.log)"
+    )
 
 
 def test_a_worker_of_another_version_is_refused(jobs: Jobs):
