@@ -30,7 +30,7 @@ class Stopped(BaseException):
 def main() -> NoReturn:
     """Entry point: run the command line and exit with its code."""
     code = run_command_line(sys.argv[1:])
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     # Everything is released. To take Dask apart object by object would need longer than a small job's splits.
@@ -52,7 +52,7 @@ def run_command_line(arguments: list[str]) -> int:
         error.show()
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return DEFECT
     except Exception as error:  # noqa: BLE001 - the last boundary: nobody is shown a traceback unasked
         return _report(error, arguments)
@@ -73,7 +73,8 @@ def _report(error: Exception, arguments: list[str]) -> int:
         error = BatchpipeError(message, next="this is a defect of batchpipe; the same command with -v shows where")
     click.echo(explain(error, Path.cwd()), err=True)
     if "--json" in arguments:
-        click.echo(json.dumps(error_document(error)))
+        with suppress(OSError):  # where stdout takes nothing, that is what has just been told
+            click.echo(json.dumps(error_document(error)))
     return error.exit_code
 
 
@@ -93,6 +94,28 @@ def _signals_as_exceptions() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _print(text: str) -> None:
+    """Print what a command answers. Raises OutputError where stdout does not take it: a full disk is no defect."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from batchpipe.errors import OutputError
+
+        _drop_stdout()
+        raise OutputError(
+            f"what the command has to say could not be printed: {error.strerror}",
+            where="stdout",
+            next="send it where there is room; a run that is done is not run again",
+        ) from error
+
+
+def _drop_stdout() -> None:
+    """Let what is buffered go nowhere: it would only fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -214,10 +237,10 @@ def _print_result(manifest: "Manifest", options: Mapping[str, Any], text: Callab
     import shlex
 
     if options["as_json"]:
-        click.echo(manifest.model_dump_json())
+        _print(manifest.model_dump_json())
     elif not options["quiet"]:
         same = [f"--var={each}" for each in options["variables"]] + [f"--set={each}" for each in options["settings"]]
-        click.echo(text(shlex.join(["batchpipe", "redrive", options["job"], *same])))
+        _print(text(shlex.join(["batchpipe", "redrive", options["job"], *same])))
 
 
 def _command_line() -> str:
@@ -235,7 +258,7 @@ def plan(job: str, variables: Any, settings: Any) -> None:
 
     loaded = _load(job, variables, settings)
     with plan_job(loaded) as (planned, run_id):
-        click.echo(describe_plan(planned, loaded, run_id))
+        _print(describe_plan(planned, loaded, run_id))
 
 
 @commands.command()
@@ -245,7 +268,7 @@ def check(job: str, variables: Any, settings: Any) -> None:
     from batchpipe.preflight import check_job
 
     for line in check_job(_load(job, variables, settings)):
-        click.echo(line)
+        _print(line)
 
 
 def _output_argument(command: Callable[..., None]) -> Callable[..., None]:
@@ -270,9 +293,9 @@ def _print_manifest(manifest: "Manifest", as_json: bool, head: str) -> None:
     from batchpipe.summary import summarize
 
     if as_json:
-        click.echo(manifest.model_dump_json())
+        _print(manifest.model_dump_json())
     else:
-        click.echo(head + summarize(manifest, Path.cwd()))
+        _print(head + summarize(manifest, Path.cwd()))
 
 
 @commands.command()
@@ -301,9 +324,9 @@ def ps(output: str | None) -> None:
 
     held = [*find_on_host(), *(find_in_output(*_open_output(output)) if output else [])]
     for found in held:
-        click.echo(str(found))
+        _print(str(found))
     if not held:
-        click.echo("nothing held")
+        _print("nothing held")
 
 
 @commands.command()
@@ -317,9 +340,9 @@ def clean(output: str | None, unfinished: bool) -> None:
     if output:
         removed += clean_output(*_open_output(output), drops_unfinished=unfinished)
     for found in removed:
-        click.echo(f"removed {found}")
+        _print(f"removed {found}")
     if not removed:
-        click.echo("nothing to clean")
+        _print("nothing to clean")
 
 
 @commands.command()
@@ -361,4 +384,4 @@ def schema(document: str) -> None:
     from batchpipe.jobfile.schema import job_schema
     from batchpipe.manifest import manifest_schema
 
-    click.echo(json.dumps(job_schema() if document == "job" else manifest_schema(), indent=2))
+    _print(json.dumps(job_schema() if document == "job" else manifest_schema(), indent=2))

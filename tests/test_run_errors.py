@@ -20,7 +20,7 @@ from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.stages.logs import tail
 from batchpipe.summary import explain
 from batchpipe.transform import run_splits
-from tests.jobs import ECHO, Jobs, csv_rows, open_jobs
+from tests.jobs import COMMAND, ECHO, Jobs, csv_rows, open_jobs
 
 STAGES = """
 import os, signal
@@ -152,6 +152,23 @@ def test_an_error_is_one_json_object_where_asked_for(jobs: Jobs):
     assert (ran.code, document["exit_code"]) == (3, 3)
     assert document["error"].startswith("no input object matches ")
     assert "error: no input object matches 'in'" in ran.err
+
+
+@pytest.mark.parametrize("form", ["--json", "-v"])
+def test_a_full_disk_behind_stdout_is_no_defect(jobs: Jobs, form: str):
+    jobs.write("in/a.csv", csv_rows(3))
+    with Path("/dev/full").open("w") as full:
+        command = [*COMMAND, "run", str(jobs.job()), form, "--progress=none"]
+        ran = subprocess.run(
+            command, cwd=jobs.folder, env=jobs.environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+
+    assert (ran.returncode, len(jobs.records())) == (7, 3)
+    assert ran.stderr == (
+        "error: what the command has to say could not be printed: No space left on device\n"
+        "  where: stdout\n"
+        "  next:  send it where there is room; a run that is done is not run again\n"
+    )
 
 
 def test_a_failed_record_is_named_and_can_be_allowed_by_the_command_that_the_error_names(jobs: Jobs):
