@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from batchpipe.storage import Store
 
 OK, DEFECT = 0, 1
+RESUMABLE = ("run", "redrive")
 
 
 class Stopped(BaseException):
@@ -44,7 +45,8 @@ def run_command_line(arguments: list[str]) -> int:
             commands.main(arguments, prog_name="batchpipe", standalone_mode=False)
         return OK
     except Stopped as stopped:
-        click.echo(f"stopped by {stopped}: everything is released; the same command resumes", err=True)
+        resumes = "; the same command resumes" if _verb(arguments) in RESUMABLE else ""
+        click.echo(f"stopped by {stopped}: everything is released{resumes}", err=True)
         return stopped.exit_code
     except click.exceptions.Exit as end:
         return end.exit_code
@@ -56,6 +58,10 @@ def run_command_line(arguments: list[str]) -> int:
         return DEFECT
     except Exception as error:  # noqa: BLE001 - the last boundary: nobody is shown a traceback unasked
         return _report(error, arguments)
+
+
+def _verb(arguments: list[str]) -> str:
+    return next((argument for argument in arguments if not argument.startswith("-")), "")
 
 
 def _report(error: Exception, arguments: list[str]) -> int:
@@ -70,7 +76,7 @@ def _report(error: Exception, arguments: list[str]) -> int:
 
             traceback.print_exception(error)
         message = f"unexpected {type(error).__name__}: {error}"
-        error = BatchpipeError(message, next="this is a defect of batchpipe; the same command with -v shows where")
+        error = BatchpipeError(message, next="this is a defect of batchpipe; `batchpipe -v ...` shows where")
     click.echo(explain(error, Path.cwd()), err=True)
     if "--json" in arguments:
         with suppress(OSError):  # where stdout takes nothing, that is what has just been told
@@ -120,7 +126,8 @@ def _drop_stdout() -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="batchpipe")
-def commands() -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of unexpected errors.")
+def commands(verbose: bool) -> None:  # `_report` looks for it in the arguments, as it does for --json
     """Run a dataset through a chain of stages: outputs, a manifest, and all compute given back."""
 
 

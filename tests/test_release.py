@@ -23,6 +23,11 @@ def block(frame: pd.DataFrame):
         (HERE / f"began-{frame.n.min()}").touch()
         wait_for("go")
     return frame
+
+def wait(frame: pd.DataFrame):
+    (HERE / "waits").touch()
+    wait_for("go")
+    return frame
 """
 BROKEN = """
 class Broken:
@@ -84,6 +89,17 @@ def test_G5_a_signal_ends_the_run_with_its_code_after_release(jobs: Jobs, blocke
     assert "Traceback" not in err
     assert jobs.is_released()
     assert not unjournaled(jobs)
+
+
+def test_G5_a_signal_ends_a_check_which_does_not_resume(jobs: Jobs):
+    check = jobs.start("check", jobs.job("stages:wait", **SPLITS))
+    until((jobs.folder / "waits").exists, within_s=60)
+
+    check.send_signal(signal.SIGTERM)
+
+    _, err = check.communicate(timeout=20)
+    assert (check.returncode, err) == (143, "stopped by SIGTERM: everything is released\n")
+    assert jobs.is_released(), jobs.left()
 
 
 def test_G5_ctrl_c_at_a_terminal_reaches_the_driver_alone_and_ends_it_with_130(jobs: Jobs):

@@ -171,6 +171,16 @@ def test_a_full_disk_behind_stdout_is_no_defect(jobs: Jobs, form: str):
     )
 
 
+def test_a_defect_says_how_to_see_where_it_is_whatever_the_command(jobs: Jobs):
+    jobs.write("out/_batchpipe/manifest.json", "{}")
+
+    told, shown = jobs.run("show", "out"), jobs.run("-v", "show", "out")
+
+    assert (told.code, shown.code) == (1, 1)
+    assert told.err.endswith("\n  next:  this is a defect of batchpipe; `batchpipe -v ...` shows where\n")
+    assert ("Traceback" in told.err, "Traceback" in shown.err) == (False, True)
+
+
 def test_a_failed_record_is_named_and_can_be_allowed_by_the_command_that_the_error_names(jobs: Jobs):
     jobs.write("in/a.csv", csv_rows(100))
     refused = jobs.run("run", jobs.job("stages:no_57", batch={"split_mb": 0.0002}))
