@@ -197,8 +197,9 @@ def run(**options: Any) -> None:
     from batchpipe.runner import run_job
     from batchpipe.summary import summarize
 
-    manifest, moved = _run(run_job, options)
-    _print_result(manifest, options, lambda next_: summarize(manifest, Path.cwd(), was_done=not moved, redrive=next_))
+    job, manifest, moved = _run(run_job, options)
+    redrive = _as_typed(job, options, "redrive")
+    _print_result(manifest, options, summarize(manifest, Path.cwd(), was_done=not moved, redrive=redrive))
 
 
 @commands.command()
@@ -212,18 +213,16 @@ def redrive(**options: Any) -> None:
     from batchpipe.runner import redrive_job
     from batchpipe.summary import summarize
 
-    manifest, moved = _run(redrive_job, options)
+    job, manifest, moved = _run(redrive_job, options)
     if moved or manifest.accounts.quarantined:
-        _print_result(
-            manifest, options, lambda next_: summarize(manifest, Path.cwd(), was_done=not moved, redrive=next_)
-        )
+        text = summarize(manifest, Path.cwd(), was_done=not moved, redrive=_as_typed(job, options, "redrive"))
     else:
         text = f"{manifest.name} {manifest.run_id}: no record is quarantined, nothing to redrive"
-        _print_result(manifest, options, lambda _: text)
+    _print_result(manifest, options, text)
 
 
-def _run(function: Callable[..., "Manifest"], options: Mapping[str, Any]) -> tuple["Manifest", bool]:
-    """Run a job by `run_job` or `redrive_job`; the manifest, and whether anything had to be done for it."""
+def _run(function: Callable[..., "Manifest"], options: Mapping[str, Any]) -> tuple["Job", "Manifest", bool]:
+    """Run a job by `run_job` or `redrive_job`; the job, its manifest, and whether anything had to be done for it."""
     from batchpipe.progress import open_progress
     from batchpipe.redact import mask, secrets_of
 
@@ -237,17 +236,24 @@ def _run(function: Callable[..., "Manifest"], options: Mapping[str, Any]) -> tup
             steps.add(progress.step)
             show(progress)
 
-        return function(job, **given, on_progress=watch), bool(steps)
+        return job, function(job, **given, on_progress=watch), bool(steps)
 
 
-def _print_result(manifest: "Manifest", options: Mapping[str, Any], text: Callable[[str], str]) -> None:
-    import shlex
-
+def _print_result(manifest: "Manifest", options: Mapping[str, Any], text: str) -> None:
     if options["as_json"]:
         _print(manifest.model_dump_json())
     elif not options["quiet"]:
-        same = [f"--var={each}" for each in options["variables"]] + [f"--set={each}" for each in options["settings"]]
-        _print(text(shlex.join(["batchpipe", "redrive", options["job"], *same])))
+        _print(text)
+
+
+def _as_typed(job: "Job", options: Mapping[str, Any], verb: str) -> str:
+    """The command that does `verb` with the job as it was typed, with secrets masked."""
+    import shlex
+
+    from batchpipe.redact import mask, secrets_of
+
+    same = [f"--var={each}" for each in options["variables"]] + [f"--set={each}" for each in options["settings"]]
+    return mask(shlex.join(["batchpipe", verb, options["job"], *same]), secrets_of(job))
 
 
 def _command_line() -> str:

@@ -97,8 +97,8 @@ def _why(failure: Failure) -> str:
 
 
 def describe_failure(failure: Failure, line: int | None = None) -> str:
-    """Where a failed record lies, for people."""
-    number = f", record {failure.record + 1:,}" if failure.record is not None else ""
+    """Where a failed record lies, for people: records count from 0, as in the quarantine, and lines from 1."""
+    number = f", record {failure.record:,}" if failure.record is not None else ""
     number = f", line {line:,}" if line is not None else number
     offset = f", byte {failure.offset:,}" if failure.offset >= 0 else ""
     return f"{failure.object}{number}{offset}"

@@ -32,7 +32,7 @@ def plan_job(job: Job) -> Iterator[tuple[Plan, str]]:
     supported_or_raise(job)
     with open_host() as host:
         inputs = list_inputs(job.input, host.scratch)
-        yield make_plan(inputs, job), make_fingerprint(job, inputs, pulls=False).sha256[:8]
+        yield make_plan(inputs, job), make_fingerprint(job, inputs, pulls=False).run_id
 
 
 def check_job(job: Job) -> Iterator[str]:
@@ -42,7 +42,8 @@ def check_job(job: Job) -> Iterator[str]:
     """
     with plan_job(job) as (plan, run_id):
         job = fill_run_id(job, run_id)
-        yield f"input     {plan.inputs.count:,} objects, {plan.inputs.bytes:,} bytes, {plan.count:,} splits"
+        objects, splits = _count(plan.inputs.count, "object"), _count(plan.count, "split")
+        yield f"input     {objects}, {plan.inputs.bytes:,} bytes, {splits}"
         store = open_store(job.output.uri, job.output.storage_options)
         is_safe = store.supports_conditional_put(join(job.output.uri, HIDDEN))
         yield f"output    {clean_uri(job.output.uri)} can be written" + ("" if is_safe else NO_CONDITIONAL_PUT)
@@ -68,3 +69,7 @@ def _failed(job: Job, found: SplitResult, splits: int) -> RecordsFailedError:
         return first_failed(job, found.failures[0], line)
     tally = Tally(splits=splits, accounts=found.accounts, failures=list(found.failures))
     return too_many_failed(job, tally, line=line)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"

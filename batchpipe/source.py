@@ -133,7 +133,7 @@ class Source:
         """Where records lie, for people: object, record, byte offset where the format has one."""
         found = self._split.ranges[int(origins.ranges[0])]
         of_what = "" if found.is_first else f" after byte {found.start:,}"
-        record = f", record {origins.ordinals[0] + 1:,}{of_what}"
+        record = f", record {origins.ordinals[0]:,}{of_what}"
         offset = f", byte {origins.offsets[0]:,}" if origins.offsets[0] >= 0 else ""
         return f"{clean_uri(found.object.uri)}{record}{offset}"
 

@@ -135,9 +135,7 @@ def _shares(manifest: "Manifest") -> str:
 def explain(error: "BatchpipeError", folder: Path) -> str:
     """An error as printed on stderr: what, where, the end of a log, what to type next; paths as seen from a folder."""
     lines = [f"error: {error.message}"]
-    # A stage's log comes indented below its first line, for `str(error)`: here all labels have one margin.
-    log = error.log.replace("\n        ", "\n")
-    for label, text in (("where", error.where), ("log", log), ("next", error.next)):
+    for label, text in (("where", error.where), ("log", error.log), ("next", error.next)):
         if text:
             indented = text.replace("\n", "\n         ")
             lines.append(f"  {label + ':':<6} {indented}")

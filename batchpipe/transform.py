@@ -108,7 +108,7 @@ def _naming_what_was_sent(source: Source, split: Split) -> Iterator[None]:
         raise RecordsFailedError(
             f"{why.message} ({why.location})" if why.location else why.message,
             where=f"{source.describe(origins)}{more}, in split {split.index}",
-            next="mend the stage, and add --restart: with other stages it is another run",
+            next="mend the stage, then run it again",
         ) from why
 
 

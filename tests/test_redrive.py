@@ -59,7 +59,13 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
         yield jobs
 
 
-def failed_first(jobs: Jobs, stages: str = "stages:picky", run_id: str = "", **blocks: Any) -> Path:
+# What waits in one split must not keep another one of the same worker from the stage.
+SLOW: list[dict[str, Any]] = [{"callable": "stages:slow", "thread_safe": True, "max_concurrent_transforms": 16}]
+
+
+def failed_first(
+    jobs: Jobs, stages: str | list[dict[str, Any]] = "stages:picky", run_id: str = "", **blocks: Any
+) -> Path:
     """A job whose run has quarantined some records."""
     if not (jobs.folder / "in").exists():
         jobs.write("in/a.csv", csv_rows(400))
@@ -200,7 +206,7 @@ def test_a_part_that_is_gone_stops_a_redrive_and_the_run_that_it_mended(jobs: Jo
 def test_a_mended_job_is_not_run_while_its_redrive_is_unfinished(jobs: Jobs):
     jobs.write("in/a.csv", csv_rows(100))
     jobs.write("in/b.csv", csv_rows(300, 100))
-    job = failed_first(jobs, "stages:slow", batch={"max_records": 1}, output={"layout": "mirror"})
+    job = failed_first(jobs, SLOW, batch={"max_records": 1}, output={"layout": "mirror"})
     jobs.write("stages.py", MENDED.replace("and mended()", "and True"))
     redrive = jobs.start("redrive", job)
     until((jobs.folder / "began").exists, within_s=100)
@@ -271,7 +277,7 @@ def test_G4_a_killed_redrive_resumes_to_the_same_bytes(jobs: Jobs, layout: str):
     jobs.write("in/a.csv", csv_rows(100))
     jobs.write("in/b.csv", csv_rows(300, 100))
     output = {"layout": layout, "if_exists": "replace"}
-    job = failed_first(jobs, "stages:slow", batch={"max_records": 1}, output=output)
+    job = failed_first(jobs, SLOW, batch={"max_records": 1}, output=output)
     first = jobs.part_bytes()
     jobs.write("mended", "all")
     redrive = jobs.start("redrive", job)
@@ -395,7 +401,7 @@ def test_an_answer_that_does_not_fit_the_columns_of_the_run_is_told(jobs: Jobs):
 
     assert refused.code == 5
     assert "in column 'n' does not fit its type int64" in refused.err
-    assert "where: in/a.csv, record 8, byte 63\n" in refused.err
+    assert "where: in/a.csv, record 7, byte 63\n" in refused.err
     assert "next:  answer as the run that is redriven did, whose columns stay" in refused.err
 
 

@@ -178,7 +178,9 @@ def test_another_content_type_is_a_records_fault_on_every_worker_once_the_first_
     jobs: Jobs, url: str, tmp_path: Path, is_proved: bool
 ):
     stages = [{"name": name, "endpoint": {"url": url}, "content_type": "text/csv"} for name in ("first", "second")]
-    path = write_job(jobs, stages, "!as text/html <p>sorry</p>", "2", on_error={"max_failed_records": 1})
+    in_turn = {"max_records": 1, "max_concurrent_transforms": 1}
+    rows = ["!as text/html <p>sorry</p>", "2"]
+    path = write_job(jobs, stages, *rows, batch=in_turn, on_error={"max_failed_records": 1})
     job, run_id = load_job(path), jobs.run_id
     splits = tuple(make_plan(list_inputs(job.input, tmp_path), job))
     try:
@@ -219,7 +221,7 @@ def test_G8_answers_whose_types_differ_end_the_run(jobs: Jobs):
 
     assert ran.code == 5, ran.err
     assert "stage 'mixed' answered some records with other types than others: " in ran.err
-    assert "where: in/a.csv, record 1, byte 7 and the 99 sent with it" in ran.err
+    assert "where: in/a.csv, record 0, byte 7 and the 99 sent with it" in ran.err
 
 
 def test_a_value_that_a_content_type_has_no_word_for_costs_its_record_alone(jobs: Jobs):

@@ -277,14 +277,14 @@ def test_a_summary_says_how_worker_time_is_meant(jobs: Jobs):
 
 
 def test_the_lines_of_a_log_are_told_below_one_another():
-    log = tail("starts\n    deeper\nends", frozenset(), "model.log")
+    log = tail("starts\n        deeper\nends", frozenset(), "logs/model.log")
 
     told = explain(StageStartError("stage 'model' did not start", log=log), Path("/"))
 
     assert told == (
         "error: stage 'model' did not start\n"
         "  log:   starts\n"
-        "             deeper\n"
+        "                 deeper\n"
         "         ends\n"
         "         (last 3 of 3 lines; all in logs/model.log)"
     )
