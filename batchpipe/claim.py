@@ -187,7 +187,7 @@ def _drop_damaged_or_raise(output: Output, finished: Manifest, damage: str, *, d
     raise OutputError(
         f"the output is not what run {finished.run_id} published: {damage}",
         where=clean_uri(output.folder.root),
-        next=f"put it back, or run the job again in its place: batchpipe run {output.job.path} --restart",
+        next=f"put it back, or run the job again in its place: {output.job.command('run')} --restart",
     )
 
 
@@ -201,7 +201,7 @@ def _no_other_run_or_raise(output: Output, unfinished: list[str]) -> None:
             raise JobError(
                 f"the output holds the unfinished redrive {run}",
                 where=clean_uri(output.folder.root),
-                next=f"finish it: batchpipe redrive {output.job.path}",
+                next=f"finish it: {output.job.command('redrive')}",
             )
         msg = f"the output holds the unfinished run {run} of another job or input" + "".join(
             f"\n  changed: {change}" for change in changes[:5]
