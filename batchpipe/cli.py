@@ -2,13 +2,14 @@
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+
+from batchpipe.console import Stopped, answer, drop_stdout, report, signals_as_exceptions, tell
 
 if TYPE_CHECKING:
     from batchpipe.job import Job
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
 
 OK, DEFECT = 0, 1
 RESUMABLE = ("run", "redrive")
-
-
-class Stopped(BaseException):
-    """A signal that ends the run: raised where the program is, so that everything is released on the way out."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
 
 
 def main() -> NoReturn:
@@ -41,12 +34,12 @@ def main() -> NoReturn:
 def run_command_line(arguments: list[str]) -> int:
     """Run one command; print errors; return the exit code."""
     try:
-        with _signals_as_exceptions():
+        with signals_as_exceptions():
             commands.main(arguments, prog_name="batchpipe", standalone_mode=False)
         return OK
     except Stopped as stopped:
         resumes = "; the same command resumes" if _verb(arguments) in RESUMABLE else ""
-        click.echo(f"stopped by {stopped}: everything is released{resumes}", err=True)
+        tell(f"stopped by {stopped}: everything is released{resumes}")
         return stopped.exit_code
     except click.exceptions.Exit as end:
         return end.exit_code
@@ -54,80 +47,20 @@ def run_command_line(arguments: list[str]) -> int:
         error.show()
         return 2
     except BrokenPipeError:
-        _drop_stdout()
+        drop_stdout()
         return DEFECT
     except Exception as error:  # noqa: BLE001 - the last boundary: nobody is shown a traceback unasked
-        return _report(error, arguments)
+        return report(error, arguments)
 
 
 def _verb(arguments: list[str]) -> str:
     return next((argument for argument in arguments if not argument.startswith("-")), "")
 
 
-def _report(error: Exception, arguments: list[str]) -> int:
-    from pathlib import Path
-
-    from batchpipe.errors import BatchpipeError
-    from batchpipe.summary import error_document, explain
-
-    if not isinstance(error, BatchpipeError):
-        if "-v" in arguments or "--verbose" in arguments:
-            import traceback
-
-            traceback.print_exception(error)
-        message = f"unexpected {type(error).__name__}: {error}"
-        error = BatchpipeError(message, next="this is a defect of batchpipe; `batchpipe -v ...` shows where")
-    click.echo(explain(error, Path.cwd()), err=True)
-    if "--json" in arguments:
-        with suppress(OSError):  # where stdout takes nothing, that is what has just been told
-            click.echo(json.dumps(error_document(error)))
-    return error.exit_code
-
-
-@contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    """The first hang-up, Ctrl-C or TERM raises `Stopped`; later ones wait for the release it starts."""
-    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-
-    def stop(number: int, _: object) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(number)
-
-    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _print(text: str) -> None:
-    """Print what a command answers. Raises OutputError where stdout does not take it: a full disk is no defect."""
-    try:
-        click.echo(text)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        from batchpipe.errors import OutputError
-
-        _drop_stdout()
-        raise OutputError(
-            f"what the command has to say could not be printed: {error.strerror}",
-            where="stdout",
-            next="send it where there is room; a run that is done is not run again",
-        ) from error
-
-
-def _drop_stdout() -> None:
-    """Let what is buffered go nowhere: it would only fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="batchpipe")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of unexpected errors.")
-def commands(verbose: bool) -> None:  # `_report` looks for it in the arguments, as it does for --json
+def commands(verbose: bool) -> None:  # `report` looks for it in the arguments, as it does for --json
     """Run a dataset through a chain of stages: outputs, a manifest, and all compute given back."""
 
 
@@ -241,9 +174,9 @@ def _run(function: Callable[..., "Manifest"], options: Mapping[str, Any]) -> tup
 
 def _print_result(manifest: "Manifest", options: Mapping[str, Any], text: str) -> None:
     if options["as_json"]:
-        _print(manifest.model_dump_json())
+        answer(manifest.model_dump_json())
     elif not options["quiet"]:
-        _print(text)
+        answer(text)
 
 
 def _as_typed(job: "Job", options: Mapping[str, Any], verb: str) -> str:
@@ -271,7 +204,7 @@ def plan(job: str, variables: Any, settings: Any) -> None:
 
     loaded = _load(job, variables, settings)
     with plan_job(loaded) as (planned, run_id):
-        _print(describe_plan(planned, loaded, run_id))
+        answer(describe_plan(planned, loaded, run_id))
 
 
 @commands.command()
@@ -281,7 +214,7 @@ def check(job: str, variables: Any, settings: Any) -> None:
     from batchpipe.preflight import check_job
 
     for line in check_job(_load(job, variables, settings)):
-        _print(line)
+        answer(line)
 
 
 def _output_argument(command: Callable[..., None]) -> Callable[..., None]:
@@ -306,9 +239,9 @@ def _print_manifest(manifest: "Manifest", as_json: bool, head: str) -> None:
     from batchpipe.summary import summarize
 
     if as_json:
-        _print(manifest.model_dump_json())
+        answer(manifest.model_dump_json())
     else:
-        _print(head + summarize(manifest, Path.cwd()))
+        answer(head + summarize(manifest, Path.cwd()))
 
 
 @commands.command()
@@ -337,9 +270,9 @@ def ps(output: str | None) -> None:
 
     held = [*find_on_host(), *(find_in_output(*_open_output(output)) if output else [])]
     for found in held:
-        _print(str(found))
+        answer(str(found))
     if not held:
-        _print("nothing held")
+        answer("nothing held")
 
 
 @commands.command()
@@ -353,9 +286,9 @@ def clean(output: str | None, unfinished: bool) -> None:
     if output:
         removed += clean_output(*_open_output(output), drops_unfinished=unfinished)
     for found in removed:
-        _print(f"removed {found}")
+        answer(f"removed {found}")
     if not removed:
-        _print("nothing to clean")
+        answer("nothing to clean")
 
 
 @commands.command()
@@ -387,7 +320,7 @@ def serve(
             f"--param takes a value as in YAML, with quotes around text that is none: {error}"
         ) from error
     names = [name for name in columns.split(",") if name]
-    serve_callable(reference, values, names, threads=threads, host=host, say=lambda line: click.echo(line, err=True))
+    serve_callable(reference, values, names, threads=threads, host=host, say=tell)
 
 
 @commands.command()
@@ -397,4 +330,4 @@ def schema(document: str) -> None:
     from batchpipe.jobfile.schema import job_schema
     from batchpipe.manifest import manifest_schema
 
-    _print(json.dumps(job_schema() if document == "job" else manifest_schema(), indent=2))
+    answer(json.dumps(job_schema() if document == "job" else manifest_schema(), indent=2))
