@@ -24,9 +24,9 @@ RESUMABLE = ("run", "redrive")
 def main() -> NoReturn:
     """Entry point: run the command line and exit with its code."""
     code = run_command_line(sys.argv[1:])
-    with suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed: 2>&-
+        with suppress(OSError):
+            stream.flush()
     # Everything is released. To take Dask apart object by object would need longer than a small job's splits.
     os._exit(code)
 

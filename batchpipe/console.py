@@ -84,6 +84,6 @@ def tell(text: str) -> None:
 
 
 def _write(text: str, stream: TextIO | None) -> None:
-    if stream is not None:  # as it is where its descriptor was closed: 2>&-
+    if stream is not None:  # it was closed
         stream.write(f"{text}\n")
         stream.flush()

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -169,6 +170,19 @@ def test_a_full_disk_behind_stdout_is_no_defect(jobs: Jobs, form: str):
         "  where: stdout\n"
         "  next:  send it where there is room; a run that is done is not run again\n"
     )
+
+
+@pytest.mark.parametrize(("closed", "rows", "code"), [(1, 3, 0), (2, 0, 3)])
+def test_a_stream_that_is_closed_changes_no_exit_code(jobs: Jobs, closed: int, rows: int, code: int):
+    if rows:
+        jobs.write("in/a.csv", csv_rows(rows))
+    command = [*COMMAND, "run", str(jobs.job()), "--progress=none"]
+
+    ran = subprocess.run(
+        command, cwd=jobs.folder, env=jobs.environment, check=False, preexec_fn=lambda: os.close(closed)
+    )
+
+    assert (ran.returncode, len(jobs.parts()) > 0) == (code, rows > 0)
 
 
 def test_a_defect_says_how_to_see_where_it_is_whatever_the_command(jobs: Jobs):
