@@ -5,6 +5,7 @@ Pure: knows mappings and text, not the models.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -47,6 +48,12 @@ def clean_document(document: Mapping[str, Any]) -> dict[str, Any]:
 def mask(text: str, secrets: frozenset[str]) -> str:
     """Return *text* with every one of *secrets* replaced; one below 8 characters only where it stands alone."""
     return _pattern(secrets).sub(MASK, text) if secrets else text
+
+
+def with_environment(secrets: frozenset[str]) -> frozenset[str]:
+    """The secrets, and each long variable of the environment that is a part of one, as ``${NAME}`` puts it there."""
+    parts = {value for value in os.environ.values() if len(value) >= _SHORT}
+    return secrets | {part for part in parts if any(part in secret for secret in secrets)}
 
 
 def secrets_of(job: "BaseModel | Mapping[str, Any]") -> frozenset[str]:

@@ -8,7 +8,7 @@ from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.job import Job
 from batchpipe.orders import HIDDEN
 from batchpipe.processes import Host, WorkerProcesses, available_cores
-from batchpipe.redact import mask, secrets_of
+from batchpipe.redact import mask, secrets_of, with_environment
 from batchpipe.source import read_gauge
 from batchpipe.storage import join, open_store
 from batchpipe.worker_chain import close_worker_chain, renew_lease
@@ -41,7 +41,7 @@ def open_workers(job: Job, run_id: str, splits: int, host: Host) -> Iterator["Po
 
 def _keep_printed(workers: WorkerProcesses, job: Job, run_id: str) -> None:
     """Put what callables printed under the run's ``logs/``. A log that cannot be kept fails no run."""
-    secrets = secrets_of(job)
+    secrets = with_environment(secrets_of(job))  # a print of the environment is a user's first thought
     with contextlib.suppress(BatchpipeError, OSError):
         store = open_store(job.output.uri, job.output.storage_options)
         for name, text in workers.printed():
