@@ -17,9 +17,11 @@ from batchpipe.plan import Plan, list_inputs, make_plan
 from batchpipe.processes import open_host
 from batchpipe.redact import clean_uri
 from batchpipe.run import PROBED_AT_ONCE
+from batchpipe.runs import RunFolder
 from batchpipe.schedule import Tally
 from batchpipe.split import isolated
 from batchpipe.storage import join, open_store
+from batchpipe.summary import count
 from batchpipe.transform import probe
 from batchpipe.worker_chain import close_worker_chain
 
@@ -42,7 +44,7 @@ def check_job(job: Job) -> Iterator[str]:
     """
     with plan_job(job) as (plan, run_id):
         job = fill_run_id(job, run_id)
-        objects, splits = _count(plan.inputs.count, "object"), _count(plan.count, "split")
+        objects, splits = count(plan.inputs.count, "object"), count(plan.count, "split")
         yield f"input     {objects}, {plan.inputs.bytes:,} bytes, {splits}"
         store = open_store(job.output.uri, job.output.storage_options)
         is_safe = store.supports_conditional_put(join(job.output.uri, HIDDEN))
@@ -55,7 +57,7 @@ def check_job(job: Job) -> Iterator[str]:
             found = probe(isolated(islice(plan, PROBED_AT_ONCE)), orders, is_all=True, is_strict=True)
         finally:
             close_worker_chain(place.run_id)
-            store.remove_folder(join(job.output.uri, HIDDEN, place.run_id))
+            store.remove_folder(RunFolder(job.output.uri, place.run_id).uri)
         if isinstance(found, SplitResult):
             raise _failed(job, found, plan.count)
         yield f"stages    {', '.join(stage.name for stage in job.stages)}: opened, one mini-batch went through"
@@ -69,7 +71,3 @@ def _failed(job: Job, found: SplitResult, splits: int) -> RecordsFailedError:
         return first_failed(job, found.failures[0], line)
     tally = Tally(splits=splits, accounts=found.accounts, failures=list(found.failures))
     return too_many_failed(job, tally, line=line)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"

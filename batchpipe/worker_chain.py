@@ -14,9 +14,10 @@ from pathlib import Path
 from batchpipe.chain import Chain, open_chain
 from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.job import Job
-from batchpipe.orders import HIDDEN, TRIAL
+from batchpipe.orders import TRIAL
 from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX, write_private
 from batchpipe.redact import clean_uri, secrets_of, with_environment
+from batchpipe.runs import RunFolder
 from batchpipe.stages import StageContext
 from batchpipe.stages.callable import forget_imports
 from batchpipe.stages.watcher import Watcher, open_watcher
@@ -163,12 +164,16 @@ def _open_scratch(run_id: str, release: contextlib.ExitStack) -> tuple[Path, Wat
 
 
 def _logs_uri(job: Job, run_id: str) -> str:
-    return join(job.output.uri, HIDDEN, run_id, "logs")
+    return RunFolder(job.output.uri, run_id) / "logs"
 
 
 def _keep_logs(job: Job, run_id: str, logs: Path) -> None:
-    """Put the stages' logs under the run's ``logs/``. A log that cannot be kept fails no run."""
-    store = open_store(job.output.uri, job.output.storage_options)
+    """Put the stages' logs under the run's ``logs/``."""
     for log in sorted(logs.glob("*.log")):
-        with contextlib.suppress(BatchpipeError, OSError):
-            store.put(join(_logs_uri(job, run_id), log.name), log.read_bytes())
+        keep_under_logs(job, run_id, log.name, log.read_bytes())
+
+
+def keep_under_logs(job: Job, run_id: str, name: str, data: bytes) -> None:
+    """Put a log, masked already, under the run's ``logs/``. One that cannot be kept fails no run."""
+    with contextlib.suppress(BatchpipeError, OSError):
+        open_store(job.output.uri, job.output.storage_options).put(join(_logs_uri(job, run_id), name), data)

@@ -4,14 +4,12 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from batchpipe.errors import BatchpipeError, PoolError
+from batchpipe.errors import PoolError
 from batchpipe.job import Job
-from batchpipe.orders import HIDDEN
 from batchpipe.processes import Host, WorkerProcesses, available_cores
 from batchpipe.redact import mask, secrets_of, with_environment
 from batchpipe.source import read_gauge
-from batchpipe.storage import join, open_store
-from batchpipe.worker_chain import close_worker_chain, renew_lease
+from batchpipe.worker_chain import close_worker_chain, keep_under_logs, renew_lease
 
 if TYPE_CHECKING:
     from batchpipe.pool import Pool
@@ -40,12 +38,11 @@ def open_workers(job: Job, run_id: str, splits: int, host: Host) -> Iterator["Po
 
 
 def _keep_printed(workers: WorkerProcesses, job: Job, run_id: str) -> None:
-    """Put what callables printed under the run's ``logs/``. A log that cannot be kept fails no run."""
+    """Put what callables printed under the run's ``logs/``."""
     secrets = with_environment(secrets_of(job))  # a print of the environment is a user's first thought
-    with contextlib.suppress(BatchpipeError, OSError):
-        store = open_store(job.output.uri, job.output.storage_options)
+    with contextlib.suppress(OSError):
         for name, text in workers.printed():
-            store.put(join(job.output.uri, HIDDEN, run_id, "logs", name), mask(text, secrets).encode())
+            keep_under_logs(job, run_id, name, mask(text, secrets).encode())
 
 
 def worker_count(job: Job, splits: int) -> int:

@@ -45,48 +45,37 @@ def start(jobs: Jobs, stage: dict[str, Any]) -> Any:
     return jobs.start("run", job, "--run-id", jobs.run_id)
 
 
-def kill_watchers(jobs: Jobs) -> None:
+def assert_ends_without_watchers(jobs: Jobs, run: Any, servers: Callable[[], list[str]]) -> None:
+    """Kill all watchers of a run: it ends with 6, says so, and leaves nothing."""
     for process in jobs.processes(WATCHER):
         process.kill()
+
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == 6, err
+    for text in GONE:
+        assert text in err
+    until(lambda: not servers() and jobs.is_released())
 
 
 def test_G5_watcher_killed_at_the_very_start_ends_the_run_with_6(jobs: Jobs, stage: dict[str, Any], servers):
     run = start(jobs, stage)
     until(lambda: jobs.processes(WATCHER), 30)
 
-    kill_watchers(jobs)
-
-    _, err = run.communicate(timeout=30)
-    assert run.returncode == 6, err
-    for text in GONE:
-        assert text in err
-    until(lambda: not servers() and jobs.is_released())
+    assert_ends_without_watchers(jobs, run, servers)
 
 
 def test_G5_all_watchers_killed_while_stages_start_end_the_run_with_6(jobs: Jobs, stage: dict[str, Any], servers):
     run = start(jobs, stage)
     until(lambda: len(jobs.processes(WATCHER)) == 2, 30)  # the driver's, and the one its worker opened for the stage
 
-    kill_watchers(jobs)
-
-    _, err = run.communicate(timeout=30)
-    assert run.returncode == 6, err
-    for text in GONE:
-        assert text in err
-    until(lambda: not servers() and jobs.is_released())
+    assert_ends_without_watchers(jobs, run, servers)
 
 
 def test_G5_all_watchers_killed_in_the_middle_end_the_run_with_6(jobs: Jobs, stage: dict[str, Any], servers):
     run = start(jobs, stage)
     until(lambda: jobs.hidden("*/pending/*"), 60)
 
-    kill_watchers(jobs)
-
-    _, err = run.communicate(timeout=30)
-    assert run.returncode == 6, err
-    for text in GONE:
-        assert text in err
-    until(lambda: not servers() and jobs.is_released())
+    assert_ends_without_watchers(jobs, run, servers)
 
 
 def test_G5_run_goes_on_without_the_watcher_of_a_worker_and_stops_its_stages(
