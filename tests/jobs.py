@@ -22,6 +22,9 @@ import yaml
 ENGINE_VARIABLES = ("DOCKER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")
 COMMAND = [sys.executable, "-m", "batchpipe"]
 
+NO_ENGINE = "/nowhere"
+"""A PATH for `ps` and `clean` that leave the engine alone: its containers may be those of a test beside this one."""
+
 # What stages of several tests share: they wait for a file, which the test makes when it has looked.
 GATE = """
 import os, time

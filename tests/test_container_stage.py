@@ -27,6 +27,8 @@ from tests.jobs import running, until
 from tests.opened_stage import Opened, opened
 from tests.stage_contract import Open, StageContract, state_of
 
+START_S = 60
+"""Less than a test may take, so that one that cannot be reached says what its last ping got."""
 BLOCK_KEYS = (
     *("image", "environment", "model_data", "startup_timeout_s"),
     *("cpus", "memory_mb", "shm_mb", "pids", "cap_add", "network"),
@@ -51,7 +53,11 @@ def open_server(image: str, run_id: str, tmp_path: Path) -> Iterator[Open]:
 
         def open_it(*, batch: dict[str, Any] | None = None, **keys: Any) -> Opened:
             context = {name: keys.pop(name) for name in ("copy", "advice") if name in keys}
-            block = {"image": image, **{name: keys.pop(name) for name in BLOCK_KEYS if name in keys}}
+            block = {
+                "image": image,
+                "startup_timeout_s": START_S,
+                **{name: keys.pop(name) for name in BLOCK_KEYS if name in keys},
+            }
             given = {name: keys.pop(name) for name in ("cancelled", "watcher") if name in keys}
             stage = {"container": block, **keys}
             open_it = partial(open_container, **given)

@@ -15,7 +15,7 @@ from batchpipe.journal import open_journal
 from batchpipe.leftovers import clean_output, find_in_output
 from batchpipe.runs import RunFolder, iter_pending
 from batchpipe.storage import Store, open_store
-from tests.jobs import ECHO, GATE, Jobs, csv_rows, until
+from tests.jobs import ECHO, GATE, NO_ENGINE, Jobs, csv_rows, until
 from tests.s3_server import S3Server
 
 STAGES = """
@@ -57,11 +57,11 @@ def cut_power(jobs: Jobs) -> None:
 def test_what_a_power_cut_leaves_is_listed_cleaned_and_the_run_resumes(jobs):
     cut_power(jobs)
 
-    listed = jobs.run("ps", "out").out
+    listed = jobs.run("ps", "out", PATH=NO_ENGINE).out
     assert "scratch    orphan" in listed
     assert re.search(r"^run        unfinished \w{8} ", listed, re.M)
     assert "in use" not in listed
-    cleaned = jobs.run("clean", "out")
+    cleaned = jobs.run("clean", "out", PATH=NO_ENGINE)
 
     assert "removed scratch" in cleaned.out
     assert jobs.is_released()
@@ -73,18 +73,17 @@ def test_what_a_power_cut_leaves_is_listed_cleaned_and_the_run_resumes(jobs):
 def test_clean_drops_unfinished_runs_only_when_told_to(jobs):
     cut_power(jobs)
 
-    cleaned = jobs.run("clean", "out", "--unfinished")
+    cleaned = jobs.run("clean", "out", "--unfinished", PATH=NO_ENGINE)
 
     assert cleaned.code == 0
     assert re.search(r"^removed run        unfinished \w{8} ", cleaned.out, re.M)
     assert "in use" not in cleaned.out
     assert list(jobs.out.iterdir()) == []
-    assert jobs.run("clean", "out").out == "nothing to clean\n"
+    assert jobs.run("clean", "out", PATH=NO_ENGINE).out == "nothing to clean\n"
 
 
 def test_where_there_is_nothing_that_is_said_and_nothing_made(jobs):
-    # No engine is found there: what others run in theirs is no concern of this test.
-    listed, cleaned = jobs.run("ps", "out", PATH="/nowhere"), jobs.run("clean", "out", PATH="/nowhere")
+    listed, cleaned = jobs.run("ps", "out", PATH=NO_ENGINE), jobs.run("clean", "out", PATH=NO_ENGINE)
 
     assert (listed.out, cleaned.out, jobs.out.exists()) == ("nothing held\n", "nothing to clean\n", False)
 
@@ -92,7 +91,7 @@ def test_where_there_is_nothing_that_is_said_and_nothing_made(jobs):
 def test_clean_removes_the_folder_that_a_late_writer_made_for_its_pieces(jobs):
     jobs.write("out/_batchpipe/late/pending/piece", "late")
 
-    cleaned = jobs.run("clean", "out")
+    cleaned = jobs.run("clean", "out", PATH=NO_ENGINE)
 
     assert "removed piece      orphan" in cleaned.out
     assert list(jobs.out.iterdir()) == []
@@ -125,10 +124,10 @@ def test_a_run_at_work_is_in_use_and_its_output_locked(jobs):
     jobs.start("run", gated_job(jobs))
     until((jobs.folder / "began").exists)
 
-    listed = jobs.run("ps", "out").out
+    listed = jobs.run("ps", "out", PATH=NO_ENGINE).out
     assert "scratch    in use" in listed
     assert "run        in use" in listed
-    refused = jobs.run("clean", "out")
+    refused = jobs.run("clean", "out", PATH=NO_ENGINE)
 
     assert refused.code == 75
     assert "holds this output" in refused.err

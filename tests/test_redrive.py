@@ -18,7 +18,7 @@ from batchpipe.output import Output
 from batchpipe.published import read_manifest
 from batchpipe.runs import RunFolder
 from batchpipe.storage import open_store
-from tests.jobs import GATE, Jobs, csv_rows, open_jobs, until
+from tests.jobs import GATE, NO_ENGINE, Jobs, csv_rows, open_jobs, until
 from tests.s3_server import S3Server
 
 STAGES = """
@@ -286,7 +286,7 @@ def test_G4_a_killed_redrive_resumes_to_the_same_bytes(jobs: Jobs, layout: str):
     redrive.communicate()
     jobs.write("go", "")
     assert added(jobs, first) == {}
-    assert "redrive-1" in jobs.run("ps", jobs.out).out
+    assert "redrive-1" in jobs.run("ps", jobs.out, PATH=NO_ENGINE).out
 
     resumed = jobs.run("redrive", job, "--wait", "30", timeout=100)
 

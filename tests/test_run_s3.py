@@ -18,7 +18,7 @@ import yaml
 
 from batchpipe.cli import run_command_line
 from batchpipe.storage import open_store
-from tests.jobs import ECHO, GATE, Jobs, Result, open_jobs, until
+from tests.jobs import ECHO, GATE, NO_ENGINE, Jobs, Result, open_jobs, until
 from tests.s3_proxy import open_proxy
 from tests.s3_server import S3Server
 
@@ -331,10 +331,10 @@ def test_clean_discards_the_uploads_that_a_power_cut_left_and_those_of_the_run_o
     assert place.uploads() > kept
 
     output = [str(blocked.job), "--unfinished"]
-    listed = place.jobs.run("ps", output[0])
-    first = place.jobs.run("clean", output[0])
+    listed = place.jobs.run("ps", output[0], PATH=NO_ENGINE)
+    first = place.jobs.run("clean", output[0], PATH=NO_ENGINE)
     left = place.uploads()
-    second = place.jobs.run("clean", *output)
+    second = place.jobs.run("clean", *output, PATH=NO_ENGINE)
 
     assert f"s3://{place.bucket}/out/part-" in listed.out, listed.err
     assert (first.code, left) == (0, kept), first.err
