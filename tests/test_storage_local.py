@@ -124,6 +124,18 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path):
     assert found == [str(tmp_path / "in" / "a" / "x"), str(tmp_path / "in" / "b" / "x")]
 
 
+def test_what_another_process_removes_while_a_folder_is_listed_is_not_there(tmp_path: Path):
+    for name in ("a/1", "a/2", "b/1", "c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    listing = open_store(str(tmp_path)).iter_folder(str(tmp_path))
+    first = next(listing)
+    (tmp_path / "a/2").unlink()
+    shutil.rmtree(tmp_path / "b")
+
+    assert [Path(found.uri) for found in (first, *listing)] == [tmp_path / "a/1", tmp_path / "c"]
+
+
 def test_a_link_that_leads_nowhere_is_told(tmp_path: Path):
     (tmp_path / "x").symlink_to("nowhere")
     with pytest.raises(InputError, match=r"'.*/x': its symbolic link leads nowhere\n  next:  see where to: ls -l"):

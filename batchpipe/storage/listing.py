@@ -43,17 +43,23 @@ def walk_files(
     folder: Path, may_enter: Callable[[str], bool], below: str = "", above: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[str]:
     """Paths of the files below a folder, relative to it, sorted as strings. Links are followed, but not in circles."""
-    here = folder.stat()
-    above = (*above, (here.st_dev, here.st_ino))
-    with os.scandir(folder) as entries:
-        # A folder sorts where the paths in it do, which is by its name and a slash.
-        names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries if _is_listed(entry))
+    try:
+        status = folder.stat()
+        with os.scandir(folder) as entries:
+            # A folder sorts where the paths in it do, which is by its name and a slash.
+            names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries if _is_listed(entry))
+    except FileNotFoundError:
+        if not below:
+            raise
+        return  # removed since the folder around it was read
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
     for name in names:
-        inside = folder / name
         if not name.endswith("/"):
             yield below + name
-        elif may_enter(below + name[:-1]) and (inside.stat().st_dev, inside.stat().st_ino) not in above:
-            yield from walk_files(inside, may_enter, below + name, above)
+        elif may_enter(below + name[:-1]):
+            yield from walk_files(folder / name, may_enter, below + name, (*above, here))
 
 
 def _is_listed(entry: os.DirEntry[str]) -> bool:

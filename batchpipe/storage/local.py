@@ -61,7 +61,8 @@ class LocalStore:
         path = resolve(folder)
         with explained(LISTING, path):
             if Path(path).is_dir():
-                yield from (_found(Path(path, name)) for name in walk_files(Path(path), lambda _: True))
+                files = (Path(path, name) for name in walk_files(Path(path), lambda _: True))
+                yield from (found for file in files if (found := _found_if_there(file)))
 
     def stat(self, uri: str) -> Found:
         path = Path(resolve(uri))
@@ -220,6 +221,14 @@ def _found(path: Path) -> Found:
     if not stat.S_ISREG(state.st_mode):
         raise READING.failed(str(path), "it is not a regular file", "copy it into one first: it is read more than once")
     return Found(str(path), state.st_size, str(state.st_mtime_ns))
+
+
+def _found_if_there(path: Path) -> Found | None:
+    """None where it was removed since its folder was read."""
+    try:
+        return _found(path)
+    except FileNotFoundError:
+        return None
 
 
 def _holds(path: Path, pending: Pending) -> bool:
