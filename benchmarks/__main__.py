@@ -4,6 +4,8 @@ import importlib
 import os
 import sys
 
+from benchmarks.scratch import SCRATCH
+
 NAMES = (
     *("help", "small", "flights", "splits"),
     *("stage_speed", "stage_overlap", "local_mode_loop", "container_start"),
@@ -18,6 +20,7 @@ def main(names: list[str]) -> int:
         print(f"error: no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}", file=sys.stderr)
         return 2
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.2f}; ratios hold, seconds drift", flush=True)
+    SCRATCH.mkdir(parents=True, exist_ok=True)
     for name in names or NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
         print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}", flush=True)

@@ -21,7 +21,6 @@ CASES = ((0, 10_000), (1, 100_000), (6, 100_000))
 
 def main() -> None:
     """Print the seconds of both and how many times faster the worker is, pair by pair."""
-    SCRATCH.mkdir(parents=True, exist_ok=True)
     path = SCRATCH / "local_mode.csv"
     print("  request       lines    local mode s    worker s    times faster   (medians)")
     with open_server() as url:

@@ -20,7 +20,6 @@ COLUMNS = 8
 
 def main() -> None:
     """Make each dataset, run a stage that keeps two columns, print peaks, delete it again."""
-    SCRATCH.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(SCRATCH).free < NEEDED_GB * 2**30:
         raise SystemExit(f"{SCRATCH} has less than {NEEDED_GB} GB free")
     print("  dataset                                     MB   driver MB   worker MB, each      wall s")

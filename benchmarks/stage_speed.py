@@ -35,7 +35,6 @@ PAYLOADS = ((1, 200), (6, 40), (0, 8_000))
 
 def main() -> None:
     """Print what the server can do, then the chain beside the bare client, pair by pair."""
-    SCRATCH.mkdir(parents=True, exist_ok=True)
     with open_server() as url:
         print("  a second         wrk      bare     chain  ratio    worker  ratio   (medians; aims 0.9, 8,000)")
         for megabytes, requests in PAYLOADS:
