@@ -20,6 +20,7 @@ from batchpipe.stages.model_data import model_version
 HASHED_WHOLE_BELOW = 16 * 1024 * 1024
 SHOWN = 12
 """So much of a digest is shown, as engines do."""
+LISTING = "inputs.listing_sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,9 @@ def _file_digest(file: Path) -> str:
 
 
 def _difference(key: str, theirs: Any, mine: Any) -> str:
+    if key == LISTING:
+        was, now = (str(value)[:SHOWN] for value in (theirs, mine))
+        return f"input: an object came, went or was written again (listing was {was}, is {now})"
     block, _, rest = key.partition(".")
     if block != "versions":
         was, now = ("not set" if value is None else value for value in (theirs, mine))

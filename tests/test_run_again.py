@@ -168,6 +168,9 @@ def test_G3_changed_input_is_another_run(jobs: Jobs):
 
     assert again.code == 2
     assert "changed: inputs.objects was 2, is 3" in again.err
+    assert re.search(
+        r"changed: input: an object came, went or was written again \(listing was \w{12}, is \w{12}\)", again.err
+    )
 
 
 def test_waiting_for_the_lock_takes_over_when_the_other_run_has_ended(jobs: Jobs):
