@@ -1,5 +1,6 @@
 """Runs on somebody else's Dask: a scheduler by its address, a cluster by its class; workers give the chain back."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     code = "from distributed.cli.dask_{0} import main; main()"
     at, log = folder / "scheduler.json", (folder / "log").open("w")
     common = ["--no-dashboard", "--scheduler-file", str(at)]
-    options: dict[str, Any] = {"cwd": folder, "stderr": log, "stdout": log}
+    environment = {**os.environ, "DASK_TEMPORARY_DIRECTORY": str(folder)}
+    options: dict[str, Any] = {"cwd": folder, "stderr": log, "stdout": log, "env": environment}
     with (
         running(
             [sys.executable, "-c", code.format("scheduler"), "--host", "127.0.0.1", "--port", "0", *common], **options
