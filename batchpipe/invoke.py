@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -99,6 +100,9 @@ class Invoker:
         self._patience = FAILURES_IN_A_ROW
         self._too_large: int | None = None
         """Bytes of the smallest mini-batch that was too large for the stage: as many are not sent again."""
+        self._beginning = asyncio.Lock()
+        self._runners = asyncio.Semaphore(stage.concurrency)
+        """For records that are requests of their own: so many on their way, of one mini-batch before the next's."""
 
     async def invoke(self, records: Records, limit: FailureLimit, stats: Stats) -> Outcome:
         """Send records to the stage and return what became of each one.
@@ -178,16 +182,33 @@ class Invoker:
             raise self._breaks_contract(f"answered {exc}") from exc
 
     async def _each(self, records: Records, search: "_Search") -> Outcome:
-        """Send a stage that takes one record a request each by itself: one that fails is tried again alone, at once."""
+        """Send a stage that takes one record a request each by itself: one that fails is tried again alone, at once.
+
+        Mini-batches take turns whole, so that the oldest is answered first, and none makes ready what has to wait.
+        """
         outcomes: dict[int, Outcome] = {}
-        places = iter(range(len(records)))
+        waiting = deque(range(len(records)))
 
-        async def run() -> None:
-            for i in places:
-                outcomes[i] = await self._settle(slice_records(records, i, i + 1), search)
+        async def run(place: int | None) -> None:
+            try:
+                while place is not None:
+                    outcomes[place] = await self._settle(slice_records(records, place, place + 1), search)
+                    place = waiting.popleft() if waiting else None
+            except BaseException:
+                waiting.clear()
+                raise
 
-        running = [asyncio.ensure_future(run()) for _ in range(min(self.stage.concurrency, len(records)))]
+        running: list[asyncio.Task[None]] = []
         try:
+            async with self._beginning:
+                while waiting:
+                    await self._runners.acquire()
+                    if not waiting:  # those that run took the last ones meanwhile
+                        self._runners.release()
+                        break
+                    runner = asyncio.create_task(run(waiting.popleft()))
+                    runner.add_done_callback(lambda _: self._runners.release())
+                    running.append(runner)
             await asyncio.gather(*running)
         finally:
             for runner in running:

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +65,62 @@ def test_single_records_are_each_sent_once_and_answered_in_order(count, bad, con
     assert [failed.place for failed in outcome.failed] == sorted(bad)
     assert numbers_of(outcome) == [2 * place for place in outcome.places]
     assert stage.most_inside == min(concurrency, count)
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=8), st.integers(1, 8))
+def test_single_records_of_several_mini_batches_are_sent_one_mini_batch_after_the_other(sizes, concurrency):
+    stage = Doubling(concurrency=concurrency)
+    stage.one_at_a_time = True
+    invoker, ends = Invoker(stage, 0), np.cumsum([0, *sizes]).tolist()
+
+    async def all_at_once() -> list[Outcome]:
+        batches = [table(range(first, end)) for first, end in pairwise(ends)]
+        return await asyncio.gather(*(invoker.invoke(batch, FailureLimit(None), new_stats()) for batch in batches))
+
+    outcomes = asyncio.run(all_at_once())
+
+    sent = [n for (n,) in stage.calls]
+    assert sorted(sent) == list(range(sum(sizes)))
+    assert (np.diff(np.searchsorted(ends, sent, side="right")) >= 0).all()
+    assert [numbers_of(outcome) for outcome in outcomes] == [
+        [2 * n for n in range(first, end)] for first, end in pairwise(ends)
+    ]
+    assert stage.most_inside == min(concurrency, sum(sizes))
+
+
+@pytest.mark.parametrize("ends", ["breaks", "is cancelled"])
+def test_a_mini_batch_of_single_records_that_is_given_up_gives_back_its_turns(ends):
+    class Breaking(Doubling):
+        """Breaks its contract at the fifth record, or never answers it."""
+
+        async def invoke(self, records: Records, *, alone: bool = False) -> Answer:
+            if 5 in column(records):
+                if ends == "breaks":
+                    raise InvocationFailed("WrongAnswer", "not a number", Remedy.NONE)
+                reached.set()
+                await asyncio.Event().wait()
+            return await super().invoke(records, alone=alone)
+
+    stage = Breaking(concurrency=3)
+    stage.one_at_a_time = True
+    invoker, reached = Invoker(stage, 0), asyncio.Event()
+
+    async def one_then_another() -> Outcome:
+        first = asyncio.create_task(invoker.invoke(table(range(100)), FailureLimit(None), new_stats()))
+        if ends == "is cancelled":
+            await reached.wait()
+            first.cancel()
+        with pytest.raises((InvocationFailed, asyncio.CancelledError)):
+            await first
+        await asyncio.sleep(0)  # what was cancelled ends in the loop's next turn
+        assert len(stage.calls) < 10
+        stage.most_inside = stage.inside = 0
+        return await invoker.invoke(table(range(100, 110)), FailureLimit(None), new_stats())
+
+    outcome = asyncio.run(one_then_another())
+
+    assert numbers_of(outcome) == [2 * n for n in range(100, 110)]
+    assert stage.most_inside == 3
 
 
 def test_single_records_that_are_left_when_the_limit_is_spent_are_not_sent():
