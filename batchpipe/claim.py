@@ -77,9 +77,7 @@ def open_output(  # noqa: PLR0913 - one step of a run, which has all of these
             yield output
             return
         # A run that settled nothing is no loss: whoever mends the job after its first error need not ask for it.
-        for run in [
-            run for run in unfinished if restart or (run != run_id and not has_settled(store, RunFolder(root, run)))
-        ]:
+        for run in [run for run in unfinished if restart or not has_settled(store, RunFolder(root, run))]:
             discard_run(store, RunFolder(root, run))
             unfinished.remove(run)
         output.replaced, output.redrives = finished, redrives

@@ -137,19 +137,17 @@ class Run:
         A later start sends that mini-batch too, for its stages may be broken by now, and keeps the earlier schemas.
         A redrive has the columns of its run, and no record of which it is known that it can be answered.
         """
-        output = self.output
+        output, tick = self.output, partial(self._tick, pool, "start")
         if self.redriven and self.redriven.schemas.is_proved:
             if not output.schemas:
-                advice = pool.call(open_stages, Orders(self.place, self.redriven.schemas))
+                advice = pool.call(open_stages, Orders(self.place, self.redriven.schemas), on_tick=tick)
                 output.set_schemas(replace(self.redriven.schemas, advice=advice).to_json())
             return Orders(self.place, Schemas.from_json(output.schemas))
         orders = Orders(self.place, Schemas.from_json(output.schemas) if output.schemas else Schemas())
         splits, is_proved = iter(self.plan), self.schedule.is_done
         while not is_proved and (probed := tuple(islice(splits, PROBED_AT_ONCE))):
             is_all = probed[-1].index + 1 == self.plan.count
-            found = pool.call(
-                probe, probed, orders, is_all, on_lost=isolated, on_tick=partial(self._tick, pool, "start")
-            )
+            found = pool.call(probe, probed, orders, is_all, on_lost=isolated, on_tick=tick)
             if isinstance(found, SplitResult):
                 raise self._hopeless(found, pool)
             is_proved = found.is_proved
@@ -157,7 +155,7 @@ class Run:
         if output.schemas:
             return orders
         if not orders.schemas.is_proved:
-            orders = replace(orders, schemas=pool.call(prove_nothing, orders))
+            orders = replace(orders, schemas=pool.call(prove_nothing, orders, on_tick=tick))
         output.set_schemas(orders.schemas.to_json())
         return orders
 

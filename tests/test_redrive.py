@@ -39,6 +39,13 @@ def slow(frame: pd.DataFrame):
         wait_for("go")
     return picky(frame)
 
+class Hanging:
+    def __init__(self):
+        if (HERE / "hang").exists():
+            time.sleep(100)
+    def __call__(self, frame: pd.DataFrame):
+        return picky(frame)
+
 def raw(records: list[bytes]):
     assert mended() or not any(b"bad" in record for record in records), "bad"
     return [record.upper() for record in records]
@@ -233,6 +240,30 @@ def test_parts_of_the_tenth_redrive_come_last(jobs: Jobs):
         prefixes.append(output.part_prefix)
 
     assert prefixes == sorted(prefixes)
+
+
+def test_a_redrive_that_makes_no_progress_while_its_stages_open_ends_with_6(jobs: Jobs):
+    job = failed_first(jobs, "stages:Hanging", on_error={**FEW, "no_progress_timeout_s": 5})
+    jobs.write("hang", "")
+
+    stuck = jobs.run("redrive", job)
+
+    assert stuck.code == 6, stuck.err
+    assert "nothing moved for on_error.no_progress_timeout_s: 5 s" in stuck.err
+
+
+def test_a_redrive_that_settled_nothing_is_begun_anew_when_its_stage_is_mended(jobs: Jobs):
+    job = failed_first(jobs)
+    source = (jobs.folder / "stages.py").read_text()
+    jobs.write("stages.py", source.replace("square=frame.n**2", "other=frame.n"))
+    jobs.write("mended", "all")
+    refused = jobs.run("redrive", job)
+    jobs.write("stages.py", source + "\nMENDED = True\n")
+
+    mended = jobs.run("redrive", job)
+
+    assert refused.code == 5, refused.err
+    assert mended.code == 0, mended.err
 
 
 def test_what_fails_again_stays_in_quarantine_and_goes_into_the_next_redrive(jobs: Jobs):
