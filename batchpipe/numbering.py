@@ -71,9 +71,12 @@ def number_failures(numbering: Numbering, place: Place) -> int:
 def line_of(failure: Failure, spec: InputSpec) -> int | None:
     """The line of its object on which a failed record begins, from 1: by reading the object up to there.
 
-    None where lines say nothing (Parquet, whole objects), or lie too far to count.
+    None where lines say nothing (Parquet, whole objects), lie too far to count, or cannot be read any more.
     """
-    found = open_store(failure.object, spec.storage_options).stat(failure.object)
+    try:
+        found = open_store(failure.object, spec.storage_options).stat(failure.object)
+    except InputError:
+        return None
     one = InputObject(0, found.uri, found.size, failure.version)
     return _Lines.of(one, np.array([failure.offset], np.int64), spec).at(failure.offset)
 
