@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from batchpipe.batch import MiniBatch, Origins, Records
-from batchpipe.chain import Chain, new_stats, open_chain
+from batchpipe.chain import Chain, StageRefused, new_stats, open_chain
 from batchpipe.errors import PoolError
 from batchpipe.invoke import FailureLimit, Outcome
 from batchpipe.redact import secrets_of
@@ -65,6 +65,9 @@ def dtype(frame: pd.DataFrame):
 def bodies(records: list[bytes]):
     return [record.upper() for record in records]
 
+def unpicklable(frame: pd.DataFrame):
+    return frame.assign(call=[lambda: 1] * len(frame))
+
 def even(frame: pd.DataFrame):
     kept = frame.n % 2 == 0
     return frame[kept], kept
@@ -116,6 +119,14 @@ def test_record_that_ends_or_stops_the_process_is_found_and_told(open_children: 
     assert (failed.place, failed.why.reason, failed.why.message) == (3, reason, text)
     assert failed.why.location.endswith(f" in {function}" if function else "")
     assert outcome.places.tolist() == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_values_that_no_process_can_hand_on_are_no_record_s_fault(open_children: Open):
+    with pytest.raises(StageRefused) as refused:
+        send(open_children("unpicklable", "dtype"), numbers())
+
+    assert "stage 'unpicklable' answers what cannot be pickled (" in refused.value.why.message
+    assert "cannot be tried again in processes of its own after its worker was lost" in refused.value.why.message
 
 
 def test_record_that_takes_all_memory_is_found(open_children: Open, monkeypatch: pytest.MonkeyPatch):

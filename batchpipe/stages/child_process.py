@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchpipe.batch import Records
-from batchpipe.stages import Answer, InvocationFailed
+from batchpipe.stages import Answer, InvocationFailed, Remedy
 from batchpipe.stages.callable import CallableStage, open_callable
 
 if TYPE_CHECKING:
@@ -64,7 +64,22 @@ def serve(stage: CallableStage, worker: "Connection[Answer | InvocationFailed, R
     """Answer one request after the other, until the worker hangs up."""
     with suppress(EOFError, ConnectionError):
         while True:
-            worker.send(answer(stage, worker.recv()))
+            reply = answer(stage, worker.recv())
+            try:
+                worker.send(reply)
+            except OSError:
+                raise
+            except Exception as error:  # noqa: BLE001 - pickling calls user code
+                worker.send(cannot_be_sent(f"stage {stage.name!r} answers", error))
+
+
+def cannot_be_sent(what: str, error: Exception) -> InvocationFailed:
+    """The end of the run, and no record's failure: values that do not go from one process to another."""
+    message = (
+        f"{what} what cannot be pickled ({type(error).__name__}: {error}), so that the split cannot be tried again in"
+        " processes of its own after its worker was lost"
+    )
+    return InvocationFailed("CannotBeSent", message, Remedy.NONE)
 
 
 def answer(stage: CallableStage, records: Records) -> Answer | InvocationFailed:
