@@ -100,7 +100,7 @@ def test_retry_after_may_be_a_date(hours: int, low: float, high: float):
     assert low <= seconds <= high
 
 
-@pytest.mark.parametrize("value", ["", "soon", "-1", "1e400"])
+@pytest.mark.parametrize("value", ["", "soon", "-1", "1e400", "\u00b2", "9" * 400, "86401"])
 def test_retry_after_that_makes_no_sense_was_not_asked_for(value: str):
     assert retry_after_s(value) is None
 

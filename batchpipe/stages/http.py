@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 THREAD_BYTES = 1 << 18
 """Bodies from this size on are converted and cut on a thread, so that the other requests go on."""
 EXIT_WAIT_S = 0.5
+LONGEST_ASKED_S = 86_400.0
+"""A server that asks to be left alone for longer than a day makes no sense."""
 """How long after a broken connection the end of its server may take to be seen."""
 _ERROR_CHARACTERS = 500
 
@@ -274,8 +276,8 @@ def _remedy(answer: HttpAnswer) -> Remedy:
 
 def retry_after_s(value: str) -> float | None:
     """Seconds that a Retry-After header asks for, stated as a number or a date; None where it makes no sense."""
-    if value.strip().isdigit():
-        return float(value)
+    if value.isascii() and value.strip().isdigit():
+        return float(value) if float(value) <= LONGEST_ASKED_S else None
     try:
         date = parsedate_to_datetime(value)
     except ValueError:
