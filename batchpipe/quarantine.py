@@ -21,6 +21,7 @@ from batchpipe.storage import PendingWriter, Store, open_store
 
 MAX_FAILURES_IN_RESULT = 5
 MAX_PAYLOAD_CHARACTERS = 1_048_576
+BASE64 = "base64:"
 MAX_TRACEBACKS = 20
 MAX_TRACEBACK_CHARACTERS = 16_000
 
@@ -111,11 +112,11 @@ def record_text(batch: MiniBatch, index: int) -> str:
     one = batch.slice(index, index + 1).records
     if isinstance(one, pa.Table):
         return json.dumps(one.to_pylist()[0], default=str)[:MAX_PAYLOAD_CHARACTERS]
-    data = bytes(one[0][:MAX_PAYLOAD_CHARACTERS])
+    data = bytes(one[0])
     try:
-        return data.decode()
+        return data.decode()[:MAX_PAYLOAD_CHARACTERS]
     except UnicodeDecodeError:
-        return "base64:" + base64.b64encode(data).decode()
+        return BASE64 + base64.b64encode(data[: (MAX_PAYLOAD_CHARACTERS - len(BASE64)) // 4 * 3]).decode()
 
 
 def _described(kind: _Traceback) -> str:
