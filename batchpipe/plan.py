@@ -6,6 +6,7 @@ The listing is paged and spooled to a file and splits are a generator, so a mill
 import hashlib
 import heapq
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -55,6 +56,8 @@ def list_inputs(spec: InputSpec, scratch: Path) -> Inputs:
         for found, name in heapq.merge(*listings, key=lambda listed: listed[0].uri):
             if found.uri == last:
                 continue
+            if not found.uri.isascii():
+                _utf8_or_raise(found.uri)
             line = json.dumps([found.uri, found.size, found.version, name]) + "\n"
             lines.write(line)
             digest.update(line.encode())
@@ -65,6 +68,17 @@ def list_inputs(spec: InputSpec, scratch: Path) -> Inputs:
         hint = "input.uri takes a file, a folder or a glob; input.allow_empty: true accepts an empty dataset"
         raise InputError(msg, next=hint)
     return Inputs(spool, count, size, digest.hexdigest())
+
+
+def _utf8_or_raise(uri: str) -> None:
+    try:
+        uri.encode()
+    except UnicodeEncodeError as exc:
+        shown = clean_uri(os.fsencode(uri).decode("utf-8", "backslashreplace"))
+        raise InputError(
+            f"the name of an input object is not UTF-8: {shown!r}",
+            next="rename it: manifest and quarantine could not hold its name",
+        ) from exc
 
 
 def _named(uri: str, spec: InputSpec) -> Iterator[tuple[Found, str]]:
