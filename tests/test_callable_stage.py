@@ -214,6 +214,36 @@ def test_a_stage_that_raises_names_the_line_of_user_code_and_fails_only_for_its_
     assert [row["n"] for row in answers(outcome)] == [0, 1, 2, 3, 4, 6, 7]
 
 
+@pytest.mark.parametrize(
+    ("raised", "reason", "message"),
+    [
+        ("type('Panic', (BaseException,), {})('five')", "Panic", "five"),
+        ("SystemExit('five')", "SystemExit", "five"),
+        ("asyncio.CancelledError('five')", "CancelledError", "five"),
+        ("Mute()", "Mute", "(Mute cannot be shown as text)"),
+        ("ValueError('five \\ud800')", "ValueError", "five \\ud800"),
+    ],
+)
+def test_whatever_a_stage_raises_fails_only_for_its_records(make_job, raised: str, reason: str, message: str):
+    source = f"""
+import asyncio
+class Mute(Exception):
+    def __str__(self):
+        raise KeyError("no text")
+def stage(frame: pd.DataFrame):
+    if 5 in set(frame.n):
+        raise {raised}
+    return frame
+"""
+    outcome = run_chain(make_job(source), TABLE)
+
+    (failed,) = outcome.failed
+    assert (failed.place, failed.why.reason, failed.why.message) == (5, reason, message)
+    assert failed.why.location.endswith(" in stage")
+    assert failed.why.traceback.encode()
+    assert [row["n"] for row in answers(outcome)] == [0, 1, 2, 3, 4, 6, 7]
+
+
 def test_a_callable_may_say_that_a_second_attempt_helps(make_job, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("batchpipe.invoke.FIRST_DELAY_S", 0.001)
     source = """

@@ -40,6 +40,16 @@ def appends(frame: pd.DataFrame):
 def head(frame: pd.DataFrame):
     return frame.head(5)
 
+def removes(frame: pd.DataFrame):
+    (Path(__file__).parent / "in" / "a.csv").unlink(missing_ok=True)
+    raise ValueError("no")
+
+class Leaky:
+    def __init__(self):
+        raise RuntimeError(f"cannot log in with {os.environ['TOKEN']}")
+    def __call__(self, frame):
+        return frame
+
 class Broken:
     def __init__(self):
         raise FileNotFoundError("model.bin")
@@ -214,6 +224,36 @@ def test_a_failed_record_is_named_and_can_be_allowed_by_the_command_that_the_err
     kept = pd.read_json(quarantine, lines=True).iloc[0]
     assert (kept.stage, kept.offset, json.loads(kept.payload)) == ("no_57", 557, {"n": 57, "text": "row 57"})
     assert jobs.run("verify", jobs.out).code == 0
+
+
+def test_a_failed_record_whose_object_is_gone_is_told_without_its_line(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(3))
+    told = jobs.run("run", jobs.job("stages:removes"))
+
+    assert told.code == 5, told.err
+    assert "error: stage 'removes' failed for 1 record, 0 allowed: ValueError: no (stages.py:" in told.err
+    assert "where: in/a.csv, record 0, byte " in told.err or "where: in/a.csv, byte " in told.err
+
+
+def test_G7_what_a_constructor_says_is_masked(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(3))
+    job = jobs.job("stages:Leaky", storage_options={"s3": {"secret": "key=${TOKEN};x"}})
+    told = jobs.run("run", job, TOKEN="wholesecret9876")
+
+    assert told.code == 4
+    assert "did not start: RuntimeError: cannot log in with ***" in told.err
+    assert "wholesecret9876" not in told.err + told.out
+
+
+def test_an_object_whose_name_is_not_utf_8_is_refused_by_name(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(3))
+    (jobs.folder / "in/a.csv").rename(jobs.folder / "in" / os.fsdecode(b"caf\xe9.csv"))
+    told = jobs.run("run", jobs.job())
+
+    assert told.code == 3
+    assert "error: the name of an input object is not UTF-8: " in told.err
+    assert "caf\\\\xe9.csv" in told.err
+    assert "next:  rename it" in told.err
 
 
 def test_the_command_that_an_error_names_is_that_of_the_same_run(jobs: Jobs):

@@ -16,6 +16,7 @@ import numpy as np
 from batchpipe import convert
 from batchpipe.batch import ByteRecords, Records
 from batchpipe.errors import JobError, StageStartError
+from batchpipe.redact import mask, secrets_of, with_environment
 from batchpipe.stages import Answer, InvocationFailed, Remedy, sender_of, watchdog
 from batchpipe.stages.logs import is_user_code
 from batchpipe.stages.tables import can_be_table, to_table
@@ -72,7 +73,7 @@ class CallableStage:
             argument = self._argument(records)
             with watchdog.within(self._timeout_s):
                 result = self._function(argument)
-        except Exception as error:  # noqa: BLE001 - the boundary to user code: any exception is the records' failure
+        except BaseException as error:  # noqa: BLE001 - the boundary to user code; Rust's panics are no Exception
             raise self._failed(error) from None
         kept = None
         if self._may_drop:
@@ -117,20 +118,33 @@ class CallableStage:
             raise self._broken(f"answered {count:,} records with their index in another order: answers go by place")
         return Answer(records, kept)
 
-    def _failed(self, error: Exception) -> InvocationFailed:
+    def _failed(self, error: BaseException) -> InvocationFailed:
         remedy = Remedy.RETRY if getattr(error, "retry", False) is True else Remedy.ISOLATE
         return InvocationFailed(
             type(error).__name__,
-            str(error),
+            text_of(error),
             remedy,
             location=user_location(error),
-            traceback="".join(traceback.format_exception(error)),
+            traceback=_printable("".join(traceback.format_exception(error))),
         )
 
     def _broken(self, message: str) -> InvocationFailed:
         """Halving would find no record to blame, and might find halves that pass by accident (G8)."""
         text = f"stage {self.name!r} {message}"
         return InvocationFailed("WrongAnswer", text, Remedy.NONE, location=_defined_at(self._function))
+
+
+def text_of(error: BaseException) -> str:
+    """What an exception of user code says, fit for a file of UTF-8; its class where it cannot even say that."""
+    try:
+        return _printable(str(error))
+    except Exception:  # noqa: BLE001 - user code, too
+        return f"({type(error).__name__} cannot be shown as text)"
+
+
+def _printable(text: str) -> str:
+    """Lone surrogates, which no file of UTF-8 takes, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def open_callable(stage: "StageSpec", job: "Job") -> CallableStage:
@@ -146,9 +160,10 @@ def open_callable(stage: "StageSpec", job: "Job") -> CallableStage:
     try:
         # Constructed on the thread that will call it: some libraries bind to the thread they start on.
         function = threads.submit(_construct, target, stage.params).result()
-    except Exception as error:
+    except BaseException as error:
         threads.shutdown(wait=False)
-        msg = f"stage {stage.name!r} did not start: {type(error).__name__}: {error}"
+        what = mask(text_of(error), with_environment(secrets_of(job)))
+        msg = f"stage {stage.name!r} did not start: {type(error).__name__}: {what}"
         where = user_location(error) or _defined_at(target)
         advice = f"mend the code, or correct the params ({_shown(stage.params)}); then run it again"
         raise StageStartError(msg, where=where, next=advice) from error
