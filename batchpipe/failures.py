@@ -7,7 +7,7 @@ from math import ceil
 from batchpipe.errors import RecordsFailedError
 from batchpipe.formats.compression import compression_of
 from batchpipe.job import Job, OnErrorSpec
-from batchpipe.manifest import Failure
+from batchpipe.manifest import READING, Failure
 from batchpipe.plan import Inputs
 from batchpipe.redact import clean_uri
 from batchpipe.schedule import Tally
@@ -67,21 +67,37 @@ def too_many_failed(
         enough = ceil(100_000 * failed / read) / 1_000
         budget = f"{limits.max_failed_percent:g} % of {read:,} allowed"
         remedy = {"max_failed_percent": f"{enough:g}"}
-    count = "1 record" if failed == 1 else f"{failed:,} records"
     kept = f" and resume, {tally.settled:,} of {tally.splits:,} splits are kept" if tally.settled else ""
     # What was asked again and again is more likely not there than sent a bad record.
     ask = "see that it answers and run again; or " if first.attempts > 1 else ""
     return RecordsFailedError(
-        f"stage {first.stage!r} failed for {count}, {budget}: {_why(first)}",
+        _what_failed(tally.failures, failed, budget),
         where=f"{describe_failure(first, line)}{_kept_in(quarantine)}",
         next=f"{ask}allow it{kept}: {job.command(verb, **remedy)}",
     )
 
 
+def _what_failed(failures: list[Failure], count: int, budget: str) -> str:
+    """How many failed and why: one reason, or the first of each stage where there are several."""
+    firsts: dict[str, Failure] = {}
+    for failure in failures:
+        firsts.setdefault(failure.stage, failure)
+    number = "1 record" if count == 1 else f"{count:,} records"
+    if len(firsts) == 1:
+        [(stage, first)] = firsts.items()
+        return f"{_who(stage)} failed for {number}, {budget}: {_why(first)}"
+    whys = (f"{_who(stage)}: {_why(first)}" for stage, first in firsts.items())
+    return f"{number} failed, {budget}; first of each: {'; '.join(whys)}"
+
+
+def _who(stage: str) -> str:
+    return "reading" if stage == READING else f"stage {stage!r}"
+
+
 def first_failed(job: Job, first: Failure, line: int | None = None, quarantine: str = "") -> RecordsFailedError:
     """The error that ends a run before it begins: no record of the first mini-batch is answered."""
     return RecordsFailedError(
-        f"stage {first.stage!r} failed for the first records, and none is answered: {_why(first)}",
+        f"{_who(first.stage)} failed for the first records, and none is answered: {_why(first)}",
         where=f"{describe_failure(first, line)}{_kept_in(quarantine)}",
         next=f"mend it and try one mini-batch: {job.command('check')}",
     )

@@ -46,6 +46,10 @@ class Accounts:
         )
 
 
+READING = "read"
+"""The stage that failures of reading and parsing are reported under."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A record that failed for good: which one, where, why, and the record itself.

@@ -199,7 +199,7 @@ class Run:
             self._number(pool, result)
         if not is_beyond_records(self.job.on_error, result.accounts.quarantined):
             return first_failed(self.job, first, line, quarantine)
-        self.schedule.tally.accounts, self.schedule.tally.failures = result.accounts, [first]
+        self.schedule.tally.accounts, self.schedule.tally.failures = result.accounts, list(result.failures)
         return self._too_many_failed(line)
 
     def _settle(self, result: SplitResult, pool: "Pool") -> None:

@@ -16,7 +16,7 @@ from batchpipe.convert import BadRecord
 from batchpipe.formats import FORMATS, RangeReader, misfit_error
 from batchpipe.formats.compression import compression_of
 from batchpipe.invoke import FailedRecord, FailureLimit, Outcome
-from batchpipe.manifest import Accounts, Failure, RangeResult
+from batchpipe.manifest import READING, Accounts, Failure, RangeResult
 from batchpipe.orders import Orders
 from batchpipe.picks import PickedRange
 from batchpipe.quarantine import Quarantine
@@ -24,8 +24,6 @@ from batchpipe.redact import clean_uri, mask, secrets_of, with_environment
 from batchpipe.split import Range, Split
 from batchpipe.storage import ObjectFile, open_store
 
-READING = "read"
-"""The stage that failures of reading and parsing are reported under."""
 MAX_MESSAGE_CHARACTERS = 2_000
 OPENED_AHEAD = 8
 """Small objects of a split that are asked for before they are read: of a thousand, each would be waited for."""

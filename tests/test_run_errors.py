@@ -82,7 +82,7 @@ CASES: dict[str, tuple[str, bytes | str, dict[str, Any], int, list[str]]] = {
     ),
     "ragged row": (
         *("in/a.csv", csv_rows(10) + "1,2,3\n", {}, 5),
-        ["stage 'read' failed for 1 record, 0 allowed: Unparsable: has 3 fields, the header has 2", "line 12, byte 87"],
+        ["reading failed for 1 record, 0 allowed: Unparsable: has 3 fields, the header has 2", "line 12, byte 87"],
     ),
     "bad JSON line": (
         *("in/a.jsonl", '{"n": 1}\n{"n": 2\n{"n": 3}\n', {"input": {"uri": "in", "format": "jsonl"}}, 5),
@@ -224,6 +224,18 @@ def test_a_failed_record_is_named_and_can_be_allowed_by_the_command_that_the_err
     kept = pd.read_json(quarantine, lines=True).iloc[0]
     assert (kept.stage, kept.offset, json.loads(kept.payload)) == ("no_57", 557, {"n": 57, "text": "row 57"})
     assert jobs.run("verify", jobs.out).code == 0
+
+
+def test_failures_of_reading_and_of_a_stage_are_told_side_by_side(jobs: Jobs):
+    jobs.write("in/a.csv", "n,text\n1,a,x\n2,b,x\n57,c\n")
+    told = jobs.run("run", jobs.job("stages:no_57"))
+
+    assert told.code == 5
+    assert re.search(
+        r"error: \d records failed, 0 allowed; first of each: reading: Unparsable: has 3 fields, the header has 2;"
+        r" stage 'no_57': AssertionError: no 57 \(stages.py:\d+ in no_57\)",
+        told.err,
+    ), told.err
 
 
 def test_a_failed_record_whose_object_is_gone_is_told_without_its_line(jobs: Jobs):
