@@ -21,7 +21,7 @@ from batchpipe.formats.lines import is_seekable_text
 from batchpipe.job import Job, fingerprint_document
 from batchpipe.jobfile import fill_run_id
 from batchpipe.jobfile.variables import RUN_ID
-from batchpipe.manifest import Accounts, Input, Manifest, RunAccounts
+from batchpipe.manifest import Accounts, Failure, Input, Manifest, RunAccounts
 from batchpipe.orders import Schemas
 from batchpipe.plan import LARGEST_SPLIT, MAX_OBJECTS_PER_SPLIT, SPLITS_NEEDED, Inputs
 from batchpipe.publication import INPUTS
@@ -173,10 +173,15 @@ def _iter_failed(redriven: Redriven) -> Iterator[_Failed]:
     """The quarantined records in the order of the input; memory is that of one split's."""
     store = redriven.store
     for uri in sorted(found.uri for found in store.iter_folder(redriven.folder / "quarantine")):
-        yield from sorted(
-            (failure.object, failure.version, -1 if failure.record is None else failure.record, failure.offset)
-            for failure in read_failures(store, uri)
-        )
+        yield from sorted(_place_of(failure, uri) for failure in read_failures(store, uri))
+
+
+def _place_of(failure: Failure, uri: str) -> _Failed:
+    if failure.record is None and failure.offset < 0:
+        msg = f"a quarantined record of {failure.object!r} cannot be found again: nothing tells its place"
+        hint = "pieces of its run were removed while it was unfinished: run the job again into another output.uri"
+        raise OutputError(msg, where=uri, next=hint)
+    return failure.object, failure.version, -1 if failure.record is None else failure.record, failure.offset
 
 
 def _matched(redriven: Redriven, listed: Iterable[InputObject]) -> Iterator[tuple[InputObject, Picks]]:

@@ -228,17 +228,19 @@ class Source:
 
     def _failure(self, batch: MiniBatch, place: int, stage: str, reason: str, message: str) -> Failure:
         origins, found = batch.origins, self._split.ranges[int(batch.origins.ranges[place])]
+        ordinal = int(origins.ordinals[place])
         return Failure(
             object=clean_uri(found.object.uri),
             version=found.object.version,
             range_start=found.start,
-            ordinal=int(origins.ordinals[place]),
+            ordinal=ordinal,
             offset=int(origins.offsets[place]),
             stage=stage,
             reason=reason,
             # Cut after masking: half a secret would not be found.
             message=mask(message, self._secrets)[:MAX_MESSAGE_CHARACTERS],
-            record=int(origins.ordinals[place]) if found.is_first else None,
+            # A redrive may know a record by its offset alone.
+            record=ordinal if found.is_first and ordinal >= 0 else None,
         )
 
     def _count(self, what: str, origins: Origins) -> None:

@@ -242,6 +242,20 @@ def test_parts_of_the_tenth_redrive_come_last(jobs: Jobs):
     assert prefixes == sorted(prefixes)
 
 
+def test_a_record_that_nothing_tells_the_place_of_is_said_to_be_lost_to_a_redrive(jobs: Jobs):
+    jobs.write("in/a.parquet", parquet_of(pa.table({"n": range(100)})))
+    job = failed_first(jobs, input={"format": "parquet"})
+    (quarantine,) = jobs.hidden("*/quarantine/*")
+    lines = [{**json.loads(line), "record": None} for line in quarantine.read_text().splitlines()]
+    quarantine.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    refused = jobs.run("redrive", job)
+
+    assert refused.code == 7, refused.err
+    assert "error: a quarantined record of 'in/a.parquet' cannot be found again: nothing tells its place" in refused.err
+    assert "next:  pieces of its run were removed while it was unfinished: run the job again into" in refused.err
+
+
 def test_a_redrive_that_makes_no_progress_while_its_stages_open_ends_with_6(jobs: Jobs):
     job = failed_first(jobs, "stages:Hanging", on_error={**FEW, "no_progress_timeout_s": 5})
     jobs.write("hang", "")
