@@ -78,7 +78,7 @@ CASES: dict[str, tuple[str, bytes | str, dict[str, Any], int, list[str]]] = {
     "no attribute": ("in/a.csv", "n\n1\n", {"stages": "stages:ecko"}, 2, ["has no 'ecko'; did you mean 'echo'?"]),
     "constructor": (
         *("in/a.csv", "n\n1\n", {"stages": "stages:Broken"}, 4),
-        ["stage 'Broken' did not start: FileNotFoundError: model.bin", "stages.py:25 in __init__"],
+        ["stage 'Broken' did not start: FileNotFoundError: model.bin", "stages.py:35 in __init__"],
     ),
     "ragged row": (
         *("in/a.csv", csv_rows(10) + "1,2,3\n", {}, 5),
