@@ -50,8 +50,12 @@ def mask(text: str, secrets: frozenset[str]) -> str:
     return _pattern(secrets).sub(MASK, text) if secrets else text
 
 
-def with_environment(secrets: frozenset[str]) -> frozenset[str]:
-    """The secrets, and each long variable of the environment that is a part of one, as ``${NAME}`` puts it there."""
+def secrets_at_work(job: "BaseModel | Mapping[str, Any]") -> frozenset[str]:
+    """`secrets_of` a job, and each long variable of the environment that is a part of one, as ``${NAME}`` makes it.
+
+    For what stages say and print: what they find in their environment is a user's first thought.
+    """
+    secrets = secrets_of(job)
     parts = {value for value in os.environ.values() if len(value) >= _SHORT}
     return secrets | {part for part in parts if any(part in secret for secret in secrets)}
 

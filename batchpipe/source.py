@@ -20,7 +20,7 @@ from batchpipe.manifest import READING, Accounts, Failure, RangeResult
 from batchpipe.orders import Orders
 from batchpipe.picks import PickedRange
 from batchpipe.quarantine import Quarantine
-from batchpipe.redact import clean_uri, mask, secrets_of, with_environment
+from batchpipe.redact import clean_uri, mask, secrets_at_work
 from batchpipe.split import Range, Split
 from batchpipe.storage import ObjectFile, open_store
 
@@ -63,7 +63,7 @@ class Source:
         self._quarantine = quarantine
         self._limit = limit
         self._counts = [_Counts() for _ in split.ranges]
-        self._secrets = with_environment(secrets_of(orders.job))
+        self._secrets = secrets_at_work(orders.job)
         self._unparsed: list[tuple[int, int]] = []
         """Range and ordinal of records whose placeholders wait for the answers before them to be written."""
         # Bytes may be passed on as they are only if they hold the columns asked for, in the encoding that is expected.

@@ -16,7 +16,7 @@ from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.job import Job
 from batchpipe.orders import TRIAL
 from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX, write_private
-from batchpipe.redact import clean_uri, secrets_of, with_environment
+from batchpipe.redact import clean_uri, secrets_at_work
 from batchpipe.runs import RunFolder
 from batchpipe.stages import StageContext
 from batchpipe.stages.callable import forget_imports
@@ -150,7 +150,7 @@ def _open(job: Job, run_id: str, ended: threading.Event) -> Held:
             logs.mkdir()
             release.callback(_keep_logs, job, run_id, logs)  # those of stages that did not start too
         kept = "" if run_id.startswith(TRIAL) else clean_uri(_logs_uri(job, run_id))
-        context = StageContext(run_id, _copy, scratch, logs, with_environment(secrets_of(job)), kept_logs=kept)
+        context = StageContext(run_id, _copy, scratch, logs, secrets_at_work(job), kept_logs=kept)
         chain = open_chain(job, context, watcher, ended)
         return Held(chain, job, run_id, logs, release.pop_all(), watcher)
 

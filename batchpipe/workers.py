@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from batchpipe.errors import PoolError
 from batchpipe.job import Job
 from batchpipe.processes import Host, WorkerProcesses, available_cores
-from batchpipe.redact import mask, secrets_of, with_environment
+from batchpipe.redact import mask, secrets_at_work
 from batchpipe.source import read_gauge
 from batchpipe.worker_chain import close_worker_chain, keep_under_logs, renew_lease
 
@@ -39,7 +39,7 @@ def open_workers(job: Job, run_id: str, splits: int, host: Host) -> Iterator["Po
 
 def _keep_printed(workers: WorkerProcesses, job: Job, run_id: str) -> None:
     """Put what callables printed under the run's ``logs/``."""
-    secrets = with_environment(secrets_of(job))  # a print of the environment is a user's first thought
+    secrets = secrets_at_work(job)
     with contextlib.suppress(OSError):
         for name, text in workers.printed():
             keep_under_logs(job, run_id, name, mask(text, secrets).encode())

@@ -16,7 +16,7 @@ import numpy as np
 from batchpipe import convert
 from batchpipe.batch import ByteRecords, Records
 from batchpipe.errors import JobError, StageStartError
-from batchpipe.redact import mask, secrets_of, with_environment
+from batchpipe.redact import mask, secrets_at_work
 from batchpipe.stages import Answer, InvocationFailed, Remedy, sender_of, watchdog
 from batchpipe.stages.logs import is_user_code
 from batchpipe.stages.tables import can_be_table, to_table
@@ -122,7 +122,7 @@ class CallableStage:
         remedy = Remedy.RETRY if getattr(error, "retry", False) is True else Remedy.ISOLATE
         return InvocationFailed(
             type(error).__name__,
-            text_of(error),
+            _text_of(error),
             remedy,
             location=user_location(error),
             traceback=_printable("".join(traceback.format_exception(error))),
@@ -134,7 +134,7 @@ class CallableStage:
         return InvocationFailed("WrongAnswer", text, Remedy.NONE, location=_defined_at(self._function))
 
 
-def text_of(error: BaseException) -> str:
+def _text_of(error: BaseException) -> str:
     """What an exception of user code says, fit for a file of UTF-8; its class where it cannot even say that."""
     try:
         return _printable(str(error))
@@ -157,16 +157,16 @@ def open_callable(stage: "StageSpec", job: "Job") -> CallableStage:
     target = import_callable(stage.callable, job.import_folders, stage.name)
     concurrency = stage.max_concurrent_transforms or job.batch.max_concurrent_transforms or 1
     threads = ThreadPoolExecutor(concurrency if stage.thread_safe else 1, thread_name_prefix=f"stage {stage.name}")
-    try:
-        # Constructed on the thread that will call it: some libraries bind to the thread they start on.
-        function = threads.submit(_construct, target, stage.params).result()
-    except BaseException as error:
+    # Constructed on the thread that will call it: some libraries bind to the thread they start on.
+    constructing = threads.submit(_construct, target, stage.params)
+    if (error := constructing.exception()) is not None:
         threads.shutdown(wait=False)
-        what = mask(text_of(error), with_environment(secrets_of(job)))
+        what = mask(_text_of(error), secrets_at_work(job))
         msg = f"stage {stage.name!r} did not start: {type(error).__name__}: {what}"
         where = user_location(error) or _defined_at(target)
         advice = f"mend the code, or correct the params ({_shown(stage.params)}); then run it again"
         raise StageStartError(msg, where=where, next=advice) from error
+    function = constructing.result()
     try:
         kind = _wanted(function, stage.callable)
     except TypeError as error:
