@@ -22,7 +22,7 @@ from batchpipe.batch import Records
 from batchpipe.errors import StageStartError
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 from batchpipe.stages.callable import CallableStage
-from batchpipe.stages.child_process import Birth, cannot_be_sent, socket_path
+from batchpipe.stages.child_process import Birth, send, socket_path
 from batchpipe.stages.logs import crash_in
 from batchpipe.stages.watcher import Watcher, WatcherLostError
 
@@ -102,12 +102,7 @@ class Child:
 
     def call(self, records: Records, timeout_s: float) -> Answer:
         """Send records and wait for the answer. Raises TimeoutError, and EOFError or OSError where it died."""
-        try:
-            self._connection.send(records)
-        except OSError:
-            raise
-        except Exception as error:
-            raise cannot_be_sent("the stage before answers", error) from error
+        send(self._connection, records, "the stage before")
         if not self._connection.poll(timeout_s):
             raise TimeoutError
         answer: Answer | InvocationFailed = self._connection.recv()

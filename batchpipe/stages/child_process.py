@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchpipe.batch import Records
 from batchpipe.stages import Answer, InvocationFailed, Remedy
@@ -66,20 +66,27 @@ def serve(stage: CallableStage, worker: "Connection[Answer | InvocationFailed, R
         while True:
             reply = answer(stage, worker.recv())
             try:
-                worker.send(reply)
-            except OSError:
-                raise
-            except Exception as error:  # noqa: BLE001 - pickling calls user code
-                worker.send(cannot_be_sent(f"stage {stage.name!r} answers", error))
+                send(worker, reply, f"stage {stage.name!r}")
+            except InvocationFailed as failure:
+                worker.send(failure)
 
 
-def cannot_be_sent(what: str, error: Exception) -> InvocationFailed:
-    """The end of the run, and no record's failure: values that do not go from one process to another."""
-    message = (
-        f"{what} what cannot be pickled ({type(error).__name__}: {error}), so that the split cannot be tried again in"
-        " processes of its own after its worker was lost"
-    )
-    return InvocationFailed("CannotBeSent", message, Remedy.NONE)
+def send(to: "Connection[Any, Any]", value: object, who: str) -> None:
+    """Send to the other process what `who` answered.
+
+    Raises OSError where that process is gone, and InvocationFailed where the value does not go from one process to
+    another: that is the end of the run, and no record's failure.
+    """
+    try:
+        to.send(value)
+    except OSError:
+        raise
+    except Exception as error:
+        message = (
+            f"{who} answers what cannot be pickled ({type(error).__name__}: {error}), so that the split cannot be tried"
+            " again in processes of its own after its worker was lost"
+        )
+        raise InvocationFailed("CannotBeSent", message, Remedy.NONE) from error
 
 
 def answer(stage: CallableStage, records: Records) -> Answer | InvocationFailed:
