@@ -5,6 +5,7 @@ until the driver has settled the split; which record and line each is, is filled
 """
 
 import base64
+import codecs
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -112,9 +113,10 @@ def record_text(batch: MiniBatch, index: int) -> str:
     one = batch.slice(index, index + 1).records
     if isinstance(one, pa.Table):
         return json.dumps(one.to_pylist()[0], default=str)[:MAX_PAYLOAD_CHARACTERS]
-    data = bytes(one[0])
+    data = bytes(one[0][: 4 * MAX_PAYLOAD_CHARACTERS])  # no character takes more
     try:
-        return data.decode()[:MAX_PAYLOAD_CHARACTERS]
+        text, _ = codecs.utf_8_decode(data, "strict", len(data) == len(one[0]))
+        return text[:MAX_PAYLOAD_CHARACTERS]
     except UnicodeDecodeError:
         return BASE64 + base64.b64encode(data[: (MAX_PAYLOAD_CHARACTERS - len(BASE64)) // 4 * 3]).decode()
 

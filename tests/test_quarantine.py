@@ -1,13 +1,17 @@
 """What is kept of records that failed for good: one line each, where it came from and why, and the user's traceback."""
 
+import base64
 import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from batchpipe.batch import ByteRecords, MiniBatch, Origins
+from batchpipe.quarantine import MAX_PAYLOAD_CHARACTERS, record_text
 from tests.jobs import ECHO, GATE, Jobs, csv_rows, open_jobs, until
 from tests.s3_server import S3Server
 
@@ -196,3 +200,24 @@ def test_the_quarantine_of_an_s3_output_is_numbered(jobs: Jobs, s3_server: S3Ser
     lines = [json.loads(line)["line"] for body in bodies for line in body.splitlines()]
     assert lines == [n + 2 for n in FAILING]
     assert not s3_server.client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+
+
+@pytest.mark.parametrize("character", ["a", "é", "€", "😀"])
+def test_a_long_text_is_kept_up_to_a_character(character: str):
+    kept = kept_of(("x" + character * 2 * MAX_PAYLOAD_CHARACTERS).encode())
+
+    assert kept == "x" + character * (MAX_PAYLOAD_CHARACTERS - 1)
+
+
+@pytest.mark.parametrize("record", [b"\xff" * 2 * MAX_PAYLOAD_CHARACTERS, b"caf\xe9", "é".encode()[:1]])
+def test_bytes_that_are_no_text_are_kept_as_base64_within_the_limit(record: bytes):
+    kept = kept_of(record)
+
+    assert len(kept) <= MAX_PAYLOAD_CHARACTERS
+    assert record.startswith(base64.b64decode(kept.removeprefix("base64:"), validate=True))
+    assert len(kept) > min(len(record), MAX_PAYLOAD_CHARACTERS - 8)
+
+
+def kept_of(record: bytes) -> str:
+    origins = Origins.of_range(0, 0, np.zeros(1, np.int64))
+    return record_text(MiniBatch(ByteRecords.of([record]), origins), 0)
