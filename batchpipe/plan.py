@@ -56,8 +56,7 @@ def list_inputs(spec: InputSpec, scratch: Path) -> Inputs:
         for found, name in heapq.merge(*listings, key=lambda listed: listed[0].uri):
             if found.uri == last:
                 continue
-            if not found.uri.isascii():
-                _utf8_or_raise(found.uri)
+            _utf8_or_raise(found.uri)
             line = json.dumps([found.uri, found.size, found.version, name]) + "\n"
             lines.write(line)
             digest.update(line.encode())

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 THREAD_BYTES = 1 << 18
 """Bodies from this size on are converted and cut on a thread, so that the other requests go on."""
 EXIT_WAIT_S = 0.5
+"""How long after a broken connection the end of its server may take to be seen."""
 LONGEST_ASKED_S = 86_400.0
 """A server that asks to be left alone for longer than a day makes no sense."""
-"""How long after a broken connection the end of its server may take to be seen."""
 _ERROR_CHARACTERS = 500
 
 T = TypeVar("T")

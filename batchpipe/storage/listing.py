@@ -45,6 +45,9 @@ def walk_files(
     """Paths of the files below a folder, relative to it, sorted as strings. Links are followed, but not in circles."""
     try:
         status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
         with os.scandir(folder) as entries:
             # A folder sorts where the paths in it do, which is by its name and a slash.
             names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries if _is_listed(entry))
@@ -52,9 +55,6 @@ def walk_files(
         if not below:
             raise
         return  # removed since the folder around it was read
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
     for name in names:
         if not name.endswith("/"):
             yield below + name
