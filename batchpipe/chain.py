@@ -7,7 +7,7 @@ has more invocations in flight than it allows.
 import asyncio
 import threading
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager, suppress
 from copy import copy
@@ -26,6 +26,7 @@ from batchpipe.manifest import StageStats
 from batchpipe.stages import InvocationFailed, OpenStage, StageContext, open_stage
 from batchpipe.stages.callable import CallableStage
 from batchpipe.stages.child import ChildStage
+from batchpipe.stages.contract import Advice
 from batchpipe.stages.http import HttpStage
 from batchpipe.stages.watcher import Watcher
 
@@ -124,6 +125,12 @@ class Chain:
     def advice(self) -> dict[str, dict[str, object]]:
         """What servers said of themselves, by stage; nothing for callables."""
         return {stage.name: stage.advice.as_document() for stage in self.stages if isinstance(stage, HttpStage)}
+
+    def follow(self, advice: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make requests as the servers advised that the first mini-batch was tried on, by stage."""
+        for stage in self.stages:
+            if isinstance(stage, HttpStage) and stage.name in advice:
+                stage.follow(Advice.of(advice[stage.name]))
 
     def note_that_stages_fit(self) -> None:
         """Have been told by the first mini-batch, wherever it was tried: what does not fit is a record's fault."""

@@ -42,6 +42,7 @@ def run_splits(splits: tuple[Split, ...], orders: Orders) -> list[SplitResult | 
     """Run consecutive splits on this worker's chain; stops at the first that fails or stops itself."""
     _same_version_or_raise(orders)
     chain = _open_chain(splits, orders)
+    chain.follow(orders.schemas.advice)
     if orders.schemas.is_proved:
         chain.note_that_stages_fit()
     outcomes: list[SplitResult | SplitFailed] = []
@@ -145,7 +146,8 @@ def probe(splits: tuple[Split, ...], orders: Orders, is_all: bool, is_strict: bo
     job = orders.job
     found = orders.schemas.input or infer_input(splits, job)
     chain = _open_chain(splits, orders)
-    schemas = Schemas(found, advice=chain.advice())
+    chain.follow(orders.schemas.advice)  # of an earlier start, where there was one
+    schemas = Schemas(found, advice=orders.schemas.advice or chain.advice())
     orders = replace(orders, schemas=schemas)
     limit = job.on_error.max_failed_records
     allowed = MOST_FIRST_RECORDS if limit is None else min(limit, MOST_FIRST_RECORDS)

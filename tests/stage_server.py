@@ -32,12 +32,41 @@ class Stage(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        if self.path == "/ping":
+        if self.path == "/ping" and "STAGE_DRIP" in os.environ:
+            self.drip()
+        elif self.path == "/ping":
             self.answer(b"", "", int(os.environ.get("STAGE_PING", "200")))
         elif self.path == "/execution-parameters" and "STAGE_PARAMETERS" in os.environ:
-            self.answer(os.environ["STAGE_PARAMETERS"].encode(), "application/json")
+            self.answer_parameters()
         else:
             self.answer(b"not found", "text/plain", 404)
+
+    def answer_parameters(self) -> None:
+        """Say STAGE_PARAMETERS, after STAGE_PARAMETERS_S; in the STAGE_PARAMETERS_FOLDER one server does, once asked.
+
+        STAGE_PARAMETERS_BUSY requests are answered 503 first.
+        """
+        with lock:
+            seen["parameters"] = seen.get("parameters", 0) + 1
+        time.sleep(float(os.environ.get("STAGE_PARAMETERS_S", "0")))
+        if folder := os.environ.get("STAGE_PARAMETERS_FOLDER"):
+            try:
+                Path(folder, "told").touch(exist_ok=False)
+            except FileExistsError:
+                self.answer(b"not found", "text/plain", 404)
+                return
+        busy = seen["parameters"] <= int(os.environ.get("STAGE_PARAMETERS_BUSY", "0"))
+        self.answer(os.environ["STAGE_PARAMETERS"].encode(), "application/json", 503 if busy else 200)
+
+    def drip(self) -> None:
+        """Send one byte after the other of an answer that never ends."""
+        try:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Drip: ")
+            while True:
+                self.wfile.write(b"x")
+                time.sleep(0.1)
+        except OSError:
+            self.close_connection = True
 
     def do_POST(self) -> None:
         content_type = self.headers["Content-Type"]

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from batchpipe.errors import StageStartError
+from batchpipe.specs.spec import MB
 from batchpipe.stages import CannotStart
 from batchpipe.stages.ports import BLOCK, take_ports
 from batchpipe.stages.process import open_process
@@ -75,6 +76,21 @@ def test_python_is_the_one_that_runs_batchpipe_and_finds_the_jobs_code(
     stage = open_server(command=["python", "-m", "post_server"])
 
     assert stage.csv("!environment PYTHONPATH") == [os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])]
+
+
+@pytest.mark.parametrize("trouble", [{"STAGE_PARAMETERS_S": "2.5"}, {"STAGE_PARAMETERS_BUSY": "2"}])
+def test_advice_that_comes_late_is_waited_for(open_server: Open, trouble: dict[str, str]):
+    parameters = {"STAGE_PARAMETERS": '{"MaxPayloadInMB": 2, "MaxConcurrentTransforms": 1000000000}'}
+
+    stage = open_server(environment=parameters | trouble).stage
+
+    assert stage.max_payload_bytes == 2 * MB
+    assert stage.concurrency == 1_000
+
+
+def test_ping_that_never_ends_is_no_answer(open_server: Open):
+    with pytest.raises(StageStartError, match=r"no 200 from /ping within 1 s .* at last TimeoutError: no complete"):
+        open_server(environment={"STAGE_DRIP": "1"}, startup_timeout_s=1)
 
 
 def test_contract_wins_over_what_the_worker_inherited(open_server: Open, monkeypatch: pytest.MonkeyPatch):

@@ -72,6 +72,24 @@ def answers(jobs: Jobs) -> list[str]:
     return [line for path in jobs.parts() for line in path.read_text().splitlines()]
 
 
+def test_all_workers_send_what_the_first_mini_batch_was_sent_as(jobs: Jobs):
+    """Each asks its own server what it advises, and here only the first one to be asked says anything."""
+    says = {"STAGE_PARAMETERS": '{"TableContentType": "application/jsonlines"}', "STAGE_PARAMETERS_FOLDER": "."}
+    jobs.write("in/a.csv", "n\n" + "".join(f"{n}\n" for n in range(4000)))
+    job = jobs.job(
+        [process_stage("one", environment=says)],
+        output={"uri": "out", "format": "raw"},
+        batch={"split_mb": 0.0005},
+        compute={"workers": 3},
+    )
+
+    result = jobs.run("run", job)
+
+    assert result.code == 0, result.err
+    assert len(answers(jobs)) == 4000
+    assert len({line.startswith("{") for line in answers(jobs)}) == 1
+
+
 @pytest.mark.timeout(300)  # fifteen containers are started and stopped
 def test_fifteen_stages_in_a_chain(jobs: Jobs, stage: Stage):
     rows = [f"{i},x" for i in range(200)]

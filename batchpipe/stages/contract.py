@@ -3,8 +3,11 @@
 import http.client
 import json
 import math
+import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,11 @@ if TYPE_CHECKING:
 
 PING_TIMEOUT_S = 2.0
 LONGEST_PAUSE_S = 0.25
+ADVICE_S = 30.0
+"""How long a server that answers its ping may take to say what it advises, before it counts as saying nothing."""
+ADVICE_BYTES = 1 << 16
+MOST_CONCURRENT = 1_000
+"""So many requests at once at most where a server advises it: each is worth memory and a connection here."""
 PORT = "SAGEMAKER_BIND_TO_PORT"
 PAYLOAD = "SAGEMAKER_MAX_PAYLOAD_IN_MB"
 NO_REMEDY = "x-batchpipe-broken"
@@ -39,7 +47,7 @@ class Advice:
         strategies = {"singlerecord": True, "multirecord": False}
         return cls(
             payload,
-            None if concurrency is None else math.ceil(concurrency),
+            None if concurrency is None else min(math.ceil(concurrency), MOST_CONCURRENT),
             strategies.get(_plain(str(said.get("batchstrategy", "")))),
             _tabular(said.get("tablecontenttype")),
         )
@@ -105,8 +113,10 @@ def devices_of(stage: "StageSpec", copy: int) -> list[int]:
     return list(range(copy * stage.gpus, (copy + 1) * stage.gpus))
 
 
-def wait_until_ready(host: str, port: int, timeout_s: float, check: Callable[[], None]) -> None:
-    """Ping until the answer is 200. ``check`` is called in between, and ends the waiting by raising.
+def wait_until_ready(
+    host: str, port: int, timeout_s: float, check: Callable[[], None], *, each_s: float = PING_TIMEOUT_S
+) -> None:
+    """Ping until the answer is 200, each time for some seconds. ``check`` is called in between, and ends it by raising.
 
     Raises TimeoutError, saying what the last answer was.
     """
@@ -115,7 +125,7 @@ def wait_until_ready(host: str, port: int, timeout_s: float, check: Callable[[],
     while True:
         check()
         try:
-            status, _ = _get(host, port, "/ping")
+            status, _ = _get(host, port, "/ping", each_s)
             last = f"HTTP {status}"
         except (OSError, http.client.HTTPException) as exc:
             status, last = 0, f"{type(exc).__name__}: {exc}"
@@ -128,28 +138,60 @@ def wait_until_ready(host: str, port: int, timeout_s: float, check: Callable[[],
 
 
 def answers_ping(host: str, port: int, within_s: float) -> bool:
-    """Whether anything at all comes back from ``/ping`` in time."""
+    """Whether ``/ping`` is answered with 200 in time."""
     try:
-        _get(host, port, "/ping", within_s)
-    except (OSError, http.client.HTTPException):
+        wait_until_ready(host, port, within_s, lambda: None, each_s=within_s)
+    except TimeoutError:
         return False
     return True
 
 
-def ask_advice(host: str, port: int) -> Advice:
-    """Ask ``/execution-parameters``, which a server need not have."""
+def ask_advice(host: str, port: int, check: Callable[[], None]) -> Advice:
+    """Ask ``/execution-parameters``, which a server need not have; one that is busy or broken for now is asked again.
+
+    ``check`` is called in between, and ends the asking by raising.
+    """
+    deadline = time.monotonic() + ADVICE_S
+    while (left := deadline - time.monotonic()) > 0:
+        check()
+        try:
+            status, body = _get(host, port, "/execution-parameters", left, ADVICE_BYTES)
+        except (OSError, http.client.HTTPException):
+            status, body = 0, b""
+        if status == 200:
+            return _advice_in(body)
+        if 0 < status < 500 or status == http.HTTPStatus.NOT_IMPLEMENTED:
+            break
+        time.sleep(LONGEST_PAUSE_S)
+    return Advice()
+
+
+def _advice_in(body: bytes) -> Advice:
     try:
-        status, body = _get(host, port, "/execution-parameters")
-        return Advice.of(json.loads(body)) if status == 200 else Advice()
-    except (OSError, http.client.HTTPException, ValueError):
+        return Advice.of(json.loads(body))
+    except (ValueError, RecursionError):
         return Advice()
 
 
-def _get(host: str, port: int, path: str, timeout_s: float = PING_TIMEOUT_S) -> tuple[int, bytes]:
+def _get(host: str, port: int, path: str, timeout_s: float, most_bytes: int = 0) -> tuple[int, bytes]:
+    """The status and the beginning of the body, within this time even where the server sends a byte now and then."""
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+    connection.connect()
+    cut = threading.Timer(timeout_s, _shut, [connection.sock])
+    cut.daemon = True
+    cut.start()
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
-        return answer.status, answer.read()
+        body = answer.read(most_bytes)
+        if cut.finished.is_set():
+            raise TimeoutError(f"no complete answer within {timeout_s:g} s")
+        return answer.status, body
     finally:
+        cut.cancel()
         connection.close()
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):  # it has ended just now
+        connection.shutdown(socket.SHUT_RDWR)

@@ -72,7 +72,7 @@ class Restartable(Protocol):
         ...
 
     def is_stuck(self) -> bool:
-        """Whether it does not even answer its ping."""
+        """Whether its ping is not answered, or says that it cannot work."""
         ...
 
     def log_tail(self) -> str:
@@ -120,12 +120,12 @@ class HttpStage:
         served: Restartable | None = None,
     ) -> None:
         self.name = stage.name
+        self._stage = stage
+        self._job = job
         self.advice = advice or Advice()
+        self.follow(self.advice)
         default = self.advice.max_concurrent_transforms or os.cpu_count() or 1
         self.concurrency = stage.concurrent_transforms(job.batch, default)
-        self.max_payload_bytes = stage.max_payload_bytes(job.batch, self.advice.max_payload_mb)
-        self.exchange = Exchange.of(stage, job, self.advice)
-        self.takes_table = takes_table(stage, job.input.format, self.advice)
         self._sender = sender_of(stage, job)
         self._timeout_s = stage.invocations_timeout_s
         self._secrets = context.secrets
@@ -138,6 +138,15 @@ class HttpStage:
         self._restarting = asyncio.Lock()
         self.is_exclusive = self.concurrency == 1
         self._turns = Turns(self.concurrency)
+
+    def follow(self, advice: Advice) -> None:
+        """Make requests as this advice has them. A run has one for all its workers: what is sent must not differ.
+
+        How many are in flight stays as this very server advised.
+        """
+        self.max_payload_bytes = self._stage.max_payload_bytes(self._job.batch, advice.max_payload_mb)
+        self.exchange = Exchange.of(self._stage, self._job, advice)
+        self.takes_table = takes_table(self._stage, self._job.input.format, advice)
 
     def takes_one(self, records: Records) -> bool:
         """Whether each of these records is a request of its own."""

@@ -11,7 +11,7 @@ from batchpipe.errors import StageStartError
 from batchpipe.redact import mask
 from batchpipe.stages import CannotStart, StageContext
 from batchpipe.stages.connections import Connections
-from batchpipe.stages.contract import answers_ping, ask_advice, wait_until_ready
+from batchpipe.stages.contract import Advice, answers_ping, ask_advice, wait_until_ready
 from batchpipe.stages.http import Ending, HttpStage, Server
 from batchpipe.stages.model_data import open_model_data
 from batchpipe.stages.watcher import Watcher, open_watcher
@@ -35,7 +35,7 @@ Start: TypeAlias = Callable[[Watcher, Path | None, ExitStack], Running]
 """A kind's own start: given the watcher and the model's folder; what must be released beside the server is entered."""
 
 UNANSWERED_S = 10.0
-"""How long a server may leave its ping unanswered, after an invocation timed out, before it counts as stuck."""
+"""How long its ping may go without a 200, after an invocation timed out, before a server counts as stuck."""
 
 
 class Served:
@@ -70,8 +70,12 @@ class Served:
         """How the server that runs now ended; None while it runs."""
         return self._started.server.ending()
 
+    def advice(self) -> Advice:
+        """What the server that runs now says of itself. Raises StageStartError where it has ended."""
+        return ask_advice(*self.address, self._check)
+
     def is_stuck(self) -> bool:
-        """Whether it does not even answer its ping."""
+        """Whether its ping is not answered, or says that it cannot work."""
         return not answers_ping(*self.address, UNANSWERED_S)
 
     def log_tail(self) -> str:
@@ -150,7 +154,7 @@ def open_served(
     """
     served = Served(stage, context, start, watcher, cancelled)
     try:
-        return HttpStage(stage, job, context, served.connections, advice=ask_advice(*served.address), served=served)
+        return HttpStage(stage, job, context, served.connections, advice=served.advice(), served=served)
     except BaseException:
         served.close()
         raise
