@@ -6,17 +6,24 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from batchpipe.errors import StageStartError
 from batchpipe.stages import unpack as unpacking
 from batchpipe.stages.model_data import _evict, open_model_data
+from batchpipe.stages.unpack import UnpackError, unpack
 from tests.opened_stage import make_context, make_job
 from tests.s3_server import S3Server
 
@@ -35,10 +42,10 @@ def open_model(cache: Path, tmp_path: Path):
     """Open model data and return its folder; it stays open until the test ends."""
     with ExitStack() as stack:
 
-        def open_it(uri: object, run_id: str = "run1", **options: Any) -> Path:
+        def open_it(uri: object, run_id: str = "run1", scratch: Path | None = None, **options: Any) -> Path:
             job = make_job(tmp_path, {"process": {"command": ["x"]}}, **options)
-            context = make_context(tmp_path, job)
-            object.__setattr__(context, "run_id", run_id)
+            context = make_context(tmp_path, job, run_id=run_id)
+            context = replace(context, scratch=scratch) if scratch else context
             return stack.enter_context(open_model_data(job.stages[0], str(uri), context))
 
         yield open_it
@@ -97,6 +104,71 @@ def test_unpacked_files_are_read_only_and_keep_whether_they_run(open_model, tmp_
     folder = open_model(archive)
 
     assert [stat.S_IMODE((folder / name).stat().st_mode) for name in ("run", "data")] == [0o555, 0o444]
+
+
+def test_an_images_own_user_may_read_the_model_whatever_our_umask(open_model, tmp_path: Path, cache: Path):
+    before = os.umask(0o077)
+    try:
+        folder = open_model(model_tar(tmp_path / "m"))
+    finally:
+        os.umask(before)
+
+    modes = {str(path.relative_to(folder)): stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "code")}
+    assert modes == {".": 0o755, "code": 0o755}
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+
+class Web(ThreadingHTTPServer):
+    """A web server that has one file."""
+
+    answer: tuple[bytes, dict[str, str]]
+    """The file, and the headers that come with it."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/m.tar.gz"
+
+
+class Download(BaseHTTPRequestHandler):
+    server: Web
+
+    def do_HEAD(self) -> None:
+        body, headers = self.server.answer
+        self.send_response(200)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.server.answer[0])
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    """A web server that runs."""
+    with Web(("127.0.0.1", 0), Download) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("has_dates", [True, False])
+def test_model_on_a_web_server_without_etags_is_never_an_older_one(
+    open_model, tmp_path: Path, web: Web, has_dates: bool
+):
+    for day, content in ((1, b"older"), (2, b"newer")):
+        archive = tar_gz(tmp_path / "m", (member("model.txt"), content)).read_bytes()
+        headers = {"Last-Modified": f"Sun, 0{day} Nov 2026 10:00:00 GMT"} if has_dates else {}
+        web.answer = (archive.ljust(1000, b"\0"), headers)
+        (tmp_path / f"worker{day}").mkdir()
+
+        folder = open_model(web.url, f"run{day}", scratch=tmp_path / f"worker{day}")
+
+        assert contents(folder) == {"model.txt": content}
 
 
 def test_archive_and_folder_on_s3_are_fetched(open_model, s3_server: S3Server, bucket: str, tmp_path: Path):
@@ -283,6 +355,55 @@ def test_bomb_is_stopped_by_its_bytes(
         open_model(make(tmp_path / "m"))
 
 
+def test_link_counts_as_the_file_that_it_becomes(open_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(unpacking, "MIN_BYTES", 25_000)
+    monkeypatch.setattr(unpacking, "MAX_RATIO", 0)
+    links = [(member(f"link{number}", tarfile.SYMTYPE, "large"), b"") for number in range(2)]
+    archive = tar_gz(tmp_path / "m", (member("large"), bytes(10_000)), *links)
+
+    with pytest.raises(StageStartError, match="it unpacks to more than 25,000 bytes"):
+        open_model(archive)
+
+
+def large_name(number: int) -> tarfile.TarInfo:
+    return member("x" * 3_000_000)
+
+
+def large_attribute(number: int) -> tarfile.TarInfo:
+    info = member(f"a{number}")
+    info.pax_headers = {"comment": "x" * 3_000_000}
+    return info
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("make", [large_name, large_attribute])
+def test_names_and_attributes_of_a_tar_are_bounded(
+    open_model, tmp_path: Path, make: Callable[[int], tarfile.TarInfo], tar_format: int
+):
+    with tarfile.open(tmp_path / "m", "w:gz", format=tar_format) as tar:
+        tar.addfile(make(0))
+
+    if (make, tar_format) == (large_attribute, tarfile.GNU_FORMAT):  # it has none
+        assert contents(open_model(tmp_path / "m")) == {"a0": b""}
+        return
+    with pytest.raises(StageStartError, match="it holds names or attributes of more than 1,048,576 bytes"):
+        open_model(tmp_path / "m")
+
+
+def test_attributes_of_all_files_of_a_tar_are_bounded_together(open_model, tmp_path: Path):
+    tars = []
+    for number in range(3):
+        headers = {f"comment{number}": "x" * 400_000}
+        with tarfile.open(tmp_path / "one", "w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
+            tar.addfile(member(f"a{number}"))
+        tars.append((tmp_path / "one").read_bytes().rstrip(b"\0"))
+    padded = [one + bytes(-len(one) % 512) for one in tars]
+    (tmp_path / "m").write_bytes(b"".join(padded) + bytes(1024))
+
+    with pytest.raises(StageStartError, match="it holds names or attributes of more than 1,048,576 bytes"):
+        open_model(tmp_path / "m")
+
+
 def test_bomb_is_stopped_by_its_count(open_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(unpacking, "MAX_FILES", 1)
 
@@ -297,6 +418,55 @@ def test_truncated_archive_is_said_to_be_broken(open_model, tmp_path: Path, make
 
     with pytest.raises(StageStartError, match="it is broken: "):
         open_model(archive)
+
+
+def test_link_of_a_zip_to_a_name_that_is_no_text_is_refused(open_model, tmp_path: Path):
+    link = zipfile.ZipInfo("link")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "m", "w") as packed:
+        packed.writestr(link, b"\xff\xfe")
+
+    with pytest.raises(StageStartError, match="it is broken: "):
+        open_model(tmp_path / "m")
+
+
+def packed_tar(folder: Path, tar_format: int) -> bytes:
+    with tarfile.open(folder / "packed", "w", format=tar_format) as tar:
+        for name, content in [*FILES.items(), ("\u00e9" * 120, b"x" * 700)]:
+            info = member(name)
+            info.size, info.mtime = len(content), 1.5
+            tar.addfile(info, io.BytesIO(content))
+        tar.addfile(member("link", tarfile.SYMTYPE, "model.txt"))
+    return (folder / "packed").read_bytes()
+
+
+def packed_zip(folder: Path, method: int) -> bytes:
+    with zipfile.ZipFile(folder / "packed", "w", method) as packed:
+        for name, content in FILES.items():
+            packed.writestr(name, content * 20)
+    return (folder / "packed").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("pack", "how"),
+    [
+        *((packed_tar, how) for how in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)),
+        *((packed_zip, how) for how in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)),
+    ],
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_damaged_archive_is_never_more_than_broken(
+    tmp_path: Path, pack: Callable[[Path, int], bytes], how: int, data: st.DataObject
+):
+    damaged = bytearray(pack(tmp_path, how))
+    places = st.integers(0, len(damaged) - 1)
+    for place, byte in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=4)):
+        damaged[place] = byte
+    del damaged[data.draw(st.one_of(st.just(len(damaged)), places)) :]
+
+    with TemporaryDirectory() as folder, suppress(UnpackError, OSError):
+        unpack(io.BytesIO(damaged), len(damaged), Path(folder, "model"))
 
 
 def test_file_that_is_no_archive_is_refused(open_model, tmp_path: Path):

@@ -1,6 +1,7 @@
 """A stage's model files: a local folder as it is; anything else fetched once, unpacked safely, and cached by content.
 
-All workers of a machine share the cache of the user: the first fetches, the others wait and use the same files.
+All workers of a machine share the cache of the user: the first fetches, the others wait and use the same files. What
+its store tells no version of (a web server without ETag and Last-Modified) each worker fetches for itself.
 """
 
 import fcntl
@@ -74,7 +75,8 @@ def _open(uri: str, stage: "StageSpec", context: StageContext, cancelled: thread
     if not found:
         place = clean_uri(uri) if "://" in uri else f"file://{uri}"  # in full, also where the error shortens paths
         raise StageStartError(f"there is nothing at {place}")
-    entry = _cache_folder(context) / _key(found)
+    has_versions = all(one.version for one in found)
+    entry = (_cache_folder(context) if has_versions else _scratch_folder(context)) / _key(found)
     with _locked(entry.with_suffix(".used"), fcntl.LOCK_SH, cancelled):
         with _locked(entry.with_suffix(".fetched"), fcntl.LOCK_EX, cancelled):
             if not _is_sound(entry, context.run_id):
@@ -95,8 +97,14 @@ def _cache_folder(context: StageContext) -> Path:
         trial.touch()
         trial.unlink()
     except (OSError, RuntimeError):  # the second: no home at all
-        folder = context.scratch / "models"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = _scratch_folder(context)
+    return folder
+
+
+def _scratch_folder(context: StageContext) -> Path:
+    """The worker's own, also for a model that nothing tells from its next version: another run fetches it anew."""
+    folder = context.scratch / "models"
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -142,6 +150,7 @@ def _fetch(store: Store, uri: str, found: Sequence[Found], entry: Path) -> None:
         else:
             for one in found:
                 _copy(store, one, begun / MODEL / inside(relative(one.uri, uri)))
+        _let_images_read(begun / MODEL)
         files = {str(file): begun / MODEL / file for file in iter_files(begun / MODEL)}
         sums = {name: [path.stat().st_size, _sha256(path)] for name, path in files.items()}
         (begun / FILES).write_text(json.dumps(sums))
@@ -157,6 +166,12 @@ def _copy(store: Store, found: Found, path: Path) -> None:
     with store.open(found.uri, size=found.size, version=found.version) as source, path.open("xb") as file:
         shutil.copyfileobj(source, file, _CHUNK)
     path.chmod(0o444)
+
+
+def _let_images_read(folder: Path) -> None:
+    """Open the folders to an image's own user, whatever our umask says; the cache above them stays the user's."""
+    for each in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        each.chmod(0o755)
 
 
 def _sha256(path: Path) -> str:

@@ -4,21 +4,27 @@ No link is ever made: one that names a file of the archive becomes that file aga
 """
 
 import gzip
+import lzma
 import os
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
-from typing import IO, Protocol
+from typing import IO, NoReturn, Protocol, cast
 
 MAX_FILES = 100_000
 MIN_BYTES = 1 << 30
 MAX_RATIO = 100
 """An archive may unpack to a GiB whatever its size, and to a hundred times its size: a bomb does to thousands."""
+MAX_HEADER_BYTES = 1 << 20
+"""Of what stands in front of a tar's file, its name and attributes: tarfile reads them into memory."""
+MAX_NAME = 4096
+"""Characters of a path, as Linux allows; more would only be an error's text of a megabyte."""
 _CHUNK = 1 << 20
 
 
@@ -27,7 +33,8 @@ class UnpackError(Exception):
 
 
 _BROKEN = (
-    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError),
+    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError),
+    *(ValueError, LookupError, ArithmeticError, struct.error),  # of what the modules take for numbers and names
     *(RuntimeError, NotImplementedError),  # zipfile, of a password and of a compression it does not know
 )
 
@@ -60,11 +67,42 @@ def unpack(archive: IO[bytes], size: int, folder: Path) -> None:
 def _unpack_tar(archive: IO[bytes], sink: "_Sink", *, is_gzip: bool) -> None:
     # tarfile's own way of reading gzip as a stream does not compare the checksum.
     with gzip.GzipFile(fileobj=archive) if is_gzip else nullcontext(archive) as plain:
-        with tarfile.open(fileobj=plain, mode="r|") as tar:
-            for member in tar:
+        headers = _Headers(plain)
+        with tarfile.open(fileobj=cast("IO[bytes]", headers), mode="r|") as tar:
+            while member := headers.next_of(tar):
                 _add_member(member, tar, sink)
         while data := plain.read(_CHUNK):  # to the checksum at the end
-            sink.count_bytes(data)
+            sink.count_bytes(len(data))
+
+
+class _Headers:
+    """A tar as tarfile reads it: whole names and attributes at once, so that these must be bounded here."""
+
+    def __init__(self, file: "_Readable") -> None:
+        self._file = file
+        self._room: int | None = MAX_HEADER_BYTES  # a tar is opened by reading its first member
+        """What may still be read before the next file begins; None while a file is read."""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        if self._room is not None:
+            self._room -= len(data)
+            if self._room < 0:
+                self._refuse()
+        return data
+
+    def next_of(self, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+        """The next member; the one before is forgotten."""
+        self._room = MAX_HEADER_BYTES
+        vars(tar)["members"] = []  # each holds its attributes
+        member = tar.next()
+        self._room = None
+        if sum(len(str(value)) for value in tar.pax_headers.values()) > MAX_HEADER_BYTES:  # they add up
+            self._refuse()
+        return member
+
+    def _refuse(self) -> NoReturn:
+        raise UnpackError(f"it holds names or attributes of more than {MAX_HEADER_BYTES:,} bytes")
 
 
 def _add_member(member: tarfile.TarInfo, tar: tarfile.TarFile, sink: "_Sink") -> None:
@@ -118,7 +156,7 @@ class _Sink:
         path.unlink(missing_ok=True)  # an archive that was appended to holds a file twice: the last one stands
         with path.open("xb") as file:
             while data := content.read(_CHUNK):
-                self.count_bytes(data)
+                self.count_bytes(len(data))
                 file.write(data)
         path.chmod(0o555 if executable else 0o444)
 
@@ -132,13 +170,14 @@ class _Sink:
             source = self._folder / self._final(target)
             if not source.is_file():
                 raise UnpackError(f"it holds a link to something that is no file in it: {str(name)!r}")
+            self.count_bytes(source.stat().st_size)
             path = self._folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
             shutil.copy(source, path)
 
-    def count_bytes(self, data: bytes) -> None:
-        self._room -= len(data)
+    def count_bytes(self, count: int) -> None:
+        self._room -= count
         if self._room < 0:
             raise UnpackError(f"it unpacks to more than {self._max_bytes:,} bytes")
 
@@ -157,6 +196,8 @@ class _Sink:
 
 def inside(name: str, *, link: str = "") -> PurePosixPath:
     """Return the name as a path that stays below its folder. Raises UnpackError."""
+    if len(name) > MAX_NAME:
+        raise UnpackError(f"it holds a path of {len(name):,} characters: {name[:60]!r} ...")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         what = f"a link out of its folder: {link!r}" if link else f"a path out of its folder: {name!r}"

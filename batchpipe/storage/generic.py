@@ -37,9 +37,12 @@ BLOCK_BYTES = 4 << 20
 VERSION_KEYS = (
     "ETag",
     "etag",
+    "Content-MD5",
+    "Digest",
     "generation",
     "mtime",
     "LastModified",
+    "Last-Modified",
     "last_modified",
     "updated",
     "modified",
