@@ -50,7 +50,7 @@ class ByteRecords:
 
     def __reduce__(self) -> tuple[object, ...]:
         packed = type(self).concat([self])  # a slice would take its whole buffer along
-        return _unpickle, (bytes(packed.data), packed.starts, packed.ends, self.content_type)
+        return _unpickle, (bytes(packed.data), packed.starts, packed.ends, self.content_type, self.header)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -89,8 +89,8 @@ class ByteRecords:
         return [bytes(self[i]) for i in range(len(self))]
 
 
-def _unpickle(data: bytes, starts: Int64s, ends: Int64s, content_type: str) -> ByteRecords:
-    return ByteRecords(memoryview(data), starts, ends, content_type)
+def _unpickle(data: bytes, starts: Int64s, ends: Int64s, content_type: str, header: bytes) -> ByteRecords:
+    return ByteRecords(memoryview(data), starts, ends, content_type, header)
 
 
 Records: TypeAlias = ByteRecords | pa.Table

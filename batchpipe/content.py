@@ -7,6 +7,7 @@ one record. Bytes that already are of the wanted type are joined, never parsed.
 import json
 from datetime import date, time
 from email.message import Message
+from email.utils import collapse_rfc2231_value
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -48,7 +49,8 @@ def parse_content_type(content_type: str) -> tuple[str, dict[str, str]]:
     message = Message()
     message["content-type"] = content_type
     media_type = message.get_content_type() if content_type.strip() else ""
-    parameters = {name.lower(): value for name, value in (message.get_params() or [])[1:]}
+    stated = (message.get_params() or [])[1:]
+    parameters = {name.lower(): collapse_rfc2231_value(value) for name, value in stated}
     return _OTHER_NAMES.get(media_type, media_type), parameters
 
 
@@ -60,23 +62,24 @@ def holds_many(content_type: str) -> bool:
 def encode(records: Records, content_type: str, *, header: bool = False, request_key: str = "") -> Body:
     """Return the body of one request that holds all records. Raises ContentError.
 
-    ``header`` puts column names before the rows of a table sent as CSV, and before CSV records that know theirs;
+    ``header`` puts column names before the rows of a table sent as CSV, or before CSV records, which must know theirs;
     ``request_key`` wraps JSON: ``{"instances": [...]}``. A type that is not `holds_many` takes exactly one record.
     """
     media_type, _ = parse_content_type(content_type)
     if isinstance(records, pa.Table):
         return _encode_table(records, media_type, header=header, request_key=request_key)
+    _fits_or_raise(records, media_type, header=header)
     if media_type not in TABULAR:
         if len(records) != 1:
             raise ContentError(f"a body of {media_type} is one record, not {len(records):,}")
         return records.body()
-    if not _fits(records.content_type, media_type):
-        raise ContentError(f"{records.content_type} cannot be sent as {media_type} without being parsed")
     if media_type == JSON:
         return _wrap(b",".join([bytes(records[i]).strip() for i in range(len(records))]), request_key)
     if media_type == ARROW:
         return records.body()
-    return b"".join([records.header, _lines(records)]) if header and records.header else _lines(records)
+    if media_type == JSON_LINES and records.content_type == JSON:
+        records = _on_lines(records)
+    return b"".join([records.header, _lines(records)]) if header else _lines(records)
 
 
 def decode(body: bytes, content_type: str, *, answer_key: str = "") -> Records:
@@ -119,17 +122,45 @@ def is_sent_as_it_lies(records: Records, content_type: str) -> bool:
     return isinstance(records, ByteRecords) and (len(records) == 1 or parse_content_type(content_type)[0] != JSON)
 
 
-def can_be_sent(records: Records, content_type: str) -> bool:
+def can_be_sent(records: Records, content_type: str, *, header: bool = False) -> bool:
     """Whether records of this kind can be sent as this type at all; a single one may hold what cannot (an infinity)."""
     media_type, _ = parse_content_type(content_type)
     if isinstance(records, pa.Table):
         is_flat = not any(pa.types.is_nested(column.type) for column in records.schema)
         return media_type in TABULAR and (is_flat or media_type != CSV)
-    return media_type not in TABULAR or _fits(records.content_type, media_type)
+    try:
+        _fits_or_raise(records, media_type, header=header)
+    except ContentError:
+        return False
+    return True
 
 
-def _fits(have: str, wanted: str) -> bool:
-    return have == wanted or have in UNTYPED or {have, wanted} == {JSON, JSON_LINES}
+def _fits_or_raise(records: ByteRecords, wanted: str, *, header: bool) -> None:
+    have = records.content_type
+    is_general = have in UNTYPED or wanted in UNTYPED
+    if not (have == wanted or is_general or (_is_json(have) and _is_json(wanted))):
+        raise ContentError(f"{have} cannot be sent as {wanted} without being parsed")
+    if header and wanted == CSV and not records.header:
+        raise ContentError("a header is wanted, and the records come without one; `accept: text/csv; header=present`?")
+
+
+def _is_json(media_type: str) -> bool:
+    return media_type in (JSON, JSON_LINES) or media_type.endswith("+json")
+
+
+def _on_lines(records: ByteRecords) -> ByteRecords:
+    """JSON documents on one line each, as they nearly always are; one that was printed to be read is written anew."""
+    documents = [bytes(records[i]).strip() for i in range(len(records))]
+    if not any(b"\n" in document or b"\r" in document for document in documents):
+        return records
+    return ByteRecords.of([_one_line(document) for document in documents], JSON)
+
+
+def _one_line(document: bytes) -> bytes:
+    try:
+        return json.dumps(json.loads(document), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    except (ValueError, RecursionError) as exc:
+        raise ContentError(f"not JSON, so that it cannot be put on one line: {exc}") from exc
 
 
 def _wrap(documents: bytes, request_key: str) -> bytes:
@@ -204,7 +235,7 @@ def _decode_arrow(body: bytes) -> pa.Table:
 def _decode_json(body: bytes, answer_key: str) -> ByteRecords:
     try:
         document = json.loads(body)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ContentError(f"not JSON: {exc}") from exc
     if answer_key:
         if not isinstance(document, dict) or answer_key not in document:
@@ -214,7 +245,10 @@ def _decode_json(body: bytes, answer_key: str) -> ByteRecords:
     if not isinstance(document, list):
         place = f"under {answer_key!r}" if answer_key else "at the top (is answer_key missing?)"
         raise ContentError(f"not a JSON array of one answer a record {place}")
-    lines = [json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for one in document]
+    try:
+        lines = [json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for one in document]
+    except UnicodeEncodeError as exc:
+        raise ContentError(f"not text: {exc.reason} in an answer") from exc
     return ByteRecords.of(lines, JSON)
 
 

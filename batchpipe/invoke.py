@@ -304,7 +304,7 @@ class _Tries:
 def _one_of(records: Records) -> Records:
     """The first record, in memory of its own: a slice would keep its whole mini-batch."""
     one = slice_records(records, 0, 1)
-    return ByteRecords.of(one.to_list(), one.content_type) if isinstance(one, ByteRecords) else one.take([0])
+    return ByteRecords.concat([one]) if isinstance(one, ByteRecords) else one.take([0])
 
 
 def _answered(answer: Answer, sent: int, name: str, stats: Stats) -> Outcome:

@@ -205,7 +205,8 @@ def _natural_type(records: Records, asked: _Asked) -> str:
     if asked.media_type == ARROW and isinstance(records, ByteRecords):
         return CSV  # the type of lines: a stream holds nothing but a table
     if asked.media_type in content.TABULAR:
-        return f"{CSV}; header=present" if _has_header(asked.content_type) else asked.media_type
+        has_names = isinstance(records, pa.Table) and _has_header(asked.content_type)
+        return f"{CSV}; header=present" if has_names else asked.media_type
     return JSON_LINES if isinstance(records, pa.Table) else records.content_type
 
 

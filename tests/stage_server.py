@@ -148,6 +148,12 @@ class Stage(BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
         self.wfile.write(b"0\r\n\r\n")
 
+    def do_cut(self, body: bytes, content_type: str) -> None:
+        """Break off in the middle of a chunked answer, whose header is spelled as some proxies do."""
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/csv\r\nTransfer-Encoding: Chunked\r\n\r\n"
+        self.wfile.write(head + b"4\r\n1,2\n\r\n")
+        self.close_connection = True
+
     def do_until_closed(self, body: bytes, content_type: str) -> None:
         """Answer without a length, as HTTP/1.0 servers do."""
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/csv\r\n\r\n" + body)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from datetime import UTC, date, datetime
 
 import numpy as np
@@ -18,6 +19,7 @@ from batchpipe.content import (
     JSON,
     JSON_LINES,
     ContentError,
+    can_be_sent,
     decode,
     decode_one,
     encode,
@@ -112,6 +114,55 @@ def test_csv_is_refused_as_json_since_it_would_have_to_be_parsed():
         encode(lines(b"1\n"), JSON)
 
 
+@pytest.mark.parametrize(
+    ("have", "wanted"),
+    [
+        (CSV, "image/png"),
+        (JSON, "application/pdf"),
+        ("image/png", "image/jpeg"),
+        ("image/png", CSV),
+        ("application/vnd.model+json", CSV),
+    ],
+)
+def test_what_is_of_another_type_is_refused_as_one_record_too(have: str, wanted: str):
+    record = lines(b"1", content_type=have)
+
+    assert not can_be_sent(record, wanted)
+    with pytest.raises(ContentError, match=f"{re.escape(have)} cannot be sent as {wanted} without being parsed"):
+        encode(record, wanted)
+
+
+@pytest.mark.parametrize(
+    ("have", "wanted"),
+    [
+        (CSV, "text/plain"),
+        ("image/png", "application/octet-stream"),
+        ("application/octet-stream", "image/png"),
+        (JSON_LINES, "application/vnd.model+json"),
+        ("application/vnd.model+json", "application/vnd.model+json; version=1"),
+    ],
+)
+def test_one_record_goes_as_a_type_that_says_less_and_as_what_it_may_be(have: str, wanted: str):
+    record = lines(b"1", content_type=have)
+
+    assert can_be_sent(record, wanted)
+    assert bytes(encode(record, wanted)) == b"1"
+
+
+def test_header_that_csv_records_do_not_know_is_refused():
+    assert not can_be_sent(lines(b"1,2\n"), CSV, header=True)
+    with pytest.raises(ContentError, match="a header is wanted, and the records come without one"):
+        encode(lines(b"1,2\n"), CSV, header=True)
+
+
+def test_json_that_was_printed_to_be_read_becomes_one_line():
+    printed = lines(b'{\n  "a": "\xc3\xbc"\n}', b'{"b": 1}', content_type=JSON)
+
+    assert bytes(encode(printed, JSON_LINES)) == '{"a":"ü"}\n{"b":1}\n'.encode()
+    with pytest.raises(ContentError, match="not JSON, so that it cannot be put on one line"):
+        encode(lines(b'{\n"', content_type=JSON), JSON_LINES)
+
+
 def test_several_objects_are_refused_as_one_body():
     with pytest.raises(ContentError, match="a body of image/jpeg is one record, not 2"):
         encode(lines(b"x", b"y", content_type="application/octet-stream"), "image/jpeg")
@@ -166,6 +217,8 @@ def test_G8_json_answers_are_the_elements_under_the_answer_key():
         (b'{"a": 1, "b": 2}', JSON, "predictions", "no key 'predictions' .* the answer is an object of a, b"),
         (b"[1]", JSON, "predictions", "no key 'predictions' .* the answer is no object"),
         (b'{"predictions": 1}', JSON, "predictions", "not a JSON array .* under 'predictions'"),
+        (b"[" * 100_000, JSON, "", "not JSON: maximum recursion depth exceeded"),
+        (rb'["\ud800"]', JSON, "", "not text: surrogates not allowed in an answer"),
         (b"nonsense", ARROW, "", "not an Arrow stream: "),
         (b"\xff", "text/csv; charset=ascii-7", "", "not text in charset 'ascii-7'"),
         (b"\x81", "text/csv; charset=cp1252", "", "not text in charset 'cp1252'"),
@@ -188,6 +241,7 @@ def test_charset_of_an_answer_becomes_utf_8_and_its_type_has_no_parameters():
         ("text/csv; charset=utf-8", CSV, {"charset": "utf-8"}),
         ('TEXT/CSV;header="present"', CSV, {"header": "present"}),
         ("application/x-ndjson", JSON_LINES, {}),
+        ("text/csv; charset*=utf-8''latin-1", CSV, {"charset": "latin-1"}),
         ("", "", {}),
     ],
 )

@@ -121,6 +121,7 @@ def test_broken_connection_is_retried(open_endpoint: Open, order: str):
         ("drop", "the connection broke without an answer"),
         ("reset", "the connection broke in the middle of the answer"),
         ("short", "the connection broke in the middle of the answer"),
+        ("cut", "the connection broke in the middle of the answer"),
         ("nonsense", "the answer is not HTTP/1.1: "),
     ],
 )
@@ -347,6 +348,21 @@ def test_header_of_records_is_sent_if_asked_for_and_counts_as_payload(open_endpo
     assert stage.outcome(records).failed == ()
     with pytest.raises(InvocationFailed, match="PayloadTooLarge: 22 bytes of 2 records"):
         open_endpoint(header=True, max_payload_mb=21 / MB).invoke(records)
+
+
+def test_header_that_a_stage_does_not_answer_ends_the_run(open_endpoint: Open):
+    with pytest.raises(StageStartError, match="does not fit: a header is wanted, and the records come without one"):
+        open_endpoint(header=True).csv("1,2")
+
+
+def test_answer_without_the_header_that_the_next_stage_wants_is_wrong_once_one_has_fitted(open_endpoint: Open):
+    stage = open_endpoint({"endpoint": {"url": "http://x/"}, "content_type": "text/csv", "header": True})
+    stage.invoke(csv_records("!as text/csv;header=present id,name\\n7,b\\n"))
+
+    failure = stage.failure("7,b")
+
+    assert failure.reason == "WrongAnswer"
+    assert failure.message == "answered text/csv; the next stage takes text/csv with a header"
 
 
 def test_csv_answer_with_a_header_is_a_table(open_endpoint: Open):

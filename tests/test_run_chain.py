@@ -142,6 +142,17 @@ def test_content_types_that_do_not_fit_are_found_at_the_start_with_both_stages(j
 
 
 @pytest.mark.parametrize("verb", ["run", "check"])
+def test_a_header_that_the_stage_before_does_not_answer_is_found_at_the_start(jobs: Jobs, verb: str):
+    stages = [process("first"), process("second", header=True)]
+
+    ran = jobs.run(verb, write_job(jobs, stages, *["1,2"] * 100, on_error={"max_failed_percent": 100}))
+
+    assert ran.code == 4
+    assert "stage 'second' takes text/csv, and what stage 'first' gives does not fit: a header is wanted" in ran.err
+    assert jobs.is_released()
+
+
+@pytest.mark.parametrize("verb", ["run", "check"])
 def test_a_callable_that_asks_for_what_the_stage_before_does_not_answer_is_found_at_the_start(jobs: Jobs, verb: str):
     stages = [process("model"), {"callable": "stages:named"}]
     rows = ["!as image/png x"] * 100

@@ -178,7 +178,7 @@ class _Connection(asyncio.Protocol):
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
-        sized = "content-length" in self._headers or "chunked" in self._headers.get("transfer-encoding", "")
+        sized = "content-length" in self._headers or "chunked" in self._headers.get("transfer-encoding", "").lower()
         self._ends_with_connection = not sized
 
     def on_body(self, body: bytes) -> None:

@@ -34,12 +34,15 @@ class Exchange:
     """What a table goes as where no content type is stated: as advised, else as it came, if over HTTP, else as CSV."""
     next_type: str
     """What the next stage takes, where it is called over HTTP too and states it; else empty."""
+    next_header: bool
+    """Whether it wants a header, too."""
 
     @classmethod
     def of(cls, stage: "StageSpec", job: "Job", advice: Advice) -> "Exchange":
         """Put together what the job states, what the next stage states, and what the server advises."""
         position = [other.name for other in job.stages].index(stage.name)
         following = job.stages[position + 1 : position + 2]
+        next_type = (following[0].content_type or "") if following and following[0].is_http else ""
         follows_http = position > 0 and job.stages[position - 1].is_http
         single_record = job.batch.max_records == 1
         if job.batch.max_records is None and advice.single_record is not None:
@@ -47,13 +50,14 @@ class Exchange:
         return cls(
             content_type=stage.content_type or "",
             accept=stage.accept or (following[0].content_type if following else "") or "",
-            header=stage.header or content.parse_content_type(stage.content_type or "")[1].get("header") == "present",
+            header=_wants_header(stage),
             request_key=stage.request_key or "",
             answer_key=stage.answer_key or "",
             is_counted=stage.count != "none",
             single_record=single_record,
             table_type=advice.table_type or (content.ARROW if follows_http else content.CSV),
-            next_type=(following[0].content_type or "") if following and following[0].is_http else "",
+            next_type=next_type,
+            next_header=bool(next_type) and _wants_header(following[0]),
         )
 
     def content_type_of(self, records: Records) -> str:
@@ -88,9 +92,17 @@ class Exchange:
             return to_table(records, names)
         return records
 
+    def can_send(self, records: Records, content_type: str) -> bool:
+        """Whether records of this kind can be sent at all; what else is wrong is a single record's."""
+        return content.can_be_sent(records, content_type, header=self.header)
+
     def fits_next(self, records: Records) -> bool:
         """Whether the next stage could be sent these."""
-        return not self.next_type or content.can_be_sent(records, self.next_type)
+        return not self.next_type or content.can_be_sent(records, self.next_type, header=self.next_header)
+
+
+def _wants_header(stage: "StageSpec") -> bool:
+    return stage.header or content.parse_content_type(stage.content_type or "")[1].get("header") == "present"
 
 
 def _uncounted(body: bytes, content_type: str, count: int) -> ByteRecords:

@@ -192,7 +192,7 @@ class HttpStage:
             body = await _on_thread(partial(self.exchange.encode, records, content_type), size)
         except ContentError as exc:
             msg = f"stage {self.name!r} takes {content_type}, and what {self._sender} gives does not fit: {exc}"
-            if content.can_be_sent(records, content_type):
+            if self.exchange.can_send(records, content_type):
                 raise InvocationFailed("CannotBeSent", mask(msg, self._secrets), Remedy.ISOLATE) from exc
             advice = "state content_type or accept of the stages on both sides"
             raise StageStartError(msg, next=advice) from exc
@@ -263,7 +263,8 @@ class HttpStage:
         # One that never fits is a stage that does not fit, which the next stage tells.
         fits = self.exchange.fits_next(records)
         if self.has_fitted and not fits:
-            message = f"answered {answered or 'without a content type'}; the next stage takes {self.exchange.next_type}"
+            takes = f"{self.exchange.next_type}{' with a header' if self.exchange.next_header else ''}"
+            message = f"answered {answered or 'without a content type'}; the next stage takes {takes}"
             raise InvocationFailed("WrongAnswer", message, Remedy.ISOLATE)
         self.has_fitted = self.has_fitted or fits
         return records

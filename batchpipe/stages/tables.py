@@ -57,7 +57,7 @@ def _parse_json(records: ByteRecords) -> convert.Parsed | pa.Table:
     if not bytes(records[0]).lstrip().startswith(b"{"):
         try:
             answer = convert.from_answer([json.loads(record) for record in records.to_list()])
-        except (TypeError, ValueError) as exc:
+        except (TypeError, ValueError, RecursionError) as exc:
             raise ContentError(f"JSON records are not of one type: {exc}") from exc
         assert isinstance(answer, pa.Table)
         return answer
