@@ -262,13 +262,17 @@ def verify(output: str, as_json: bool) -> None:
     _print_manifest(verify_output(*_open_output(output)), as_json, "verified: every part is as it was published\n")
 
 
+def _note(text: str) -> None:
+    tell(f"note: {text}")
+
+
 @commands.command()
 @click.argument("output", required=False, type=click.Path())
 def ps(output: str | None) -> None:
     """List what runs hold on this host, and in OUTPUT: containers, scratch folders, unfinished runs, pending pieces."""
     from batchpipe.leftovers import find_in_output, find_on_host
 
-    held = [*find_on_host(), *(find_in_output(*_open_output(output)) if output else [])]
+    held = [*find_on_host(_note), *(find_in_output(*_open_output(output)) if output else [])]
     for found in held:
         answer(str(found))
     if not held:
@@ -282,7 +286,7 @@ def clean(output: str | None, unfinished: bool) -> None:
     """Remove what nobody owns any more, as a power cut leaves it: on this host, and in OUTPUT."""
     from batchpipe.leftovers import clean_host, clean_output
 
-    removed = clean_host()
+    removed = clean_host(_note)
     if output:
         removed += clean_output(*_open_output(output), drops_unfinished=unfinished)
     for found in removed:

@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX, SWEEP_PREFIX
 from batchpipe.publication import sweep
 from batchpipe.published import read_manifest
 from batchpipe.runs import RunFolder, discard_run, find_runs, iter_pending, remove_strays
-from batchpipe.stages.engine import EngineError, find_engine
+from batchpipe.stages.engine import EngineError, NoEngineError, find_engine
 from batchpipe.stages.leftovers import find_started, remove_started
 from batchpipe.storage import ObjectMissingError, Store, join
 from batchpipe.storage.owner import from_bytes, is_dead
 
 IN_USE, UNFINISHED, ORPHAN = "in use", "unfinished", "orphan"
+ENGINE_KINDS = frozenset({"container", "network"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +40,32 @@ class Leftover:
         return f"{self.kind:<10} {self.state:<10} {self.run_id or '-':<10} {self.since or '-':<24} {self.name}"
 
 
-def find_on_host() -> list[Leftover]:
-    """Containers, networks, scratch folders and unbegun sweeps of batchpipe on this host. No engine: no containers."""
-    return [*_started(), *_scratch_folders(), *_sweep_orders()]
+def find_on_host(note: Callable[[str], None]) -> list[Leftover]:
+    """Containers, networks, scratch folders and unbegun sweeps of batchpipe on this host.
+
+    `note` is told where an engine is there and does not answer, so that its containers cannot be looked at.
+    """
+    return [*_started(note), *_scratch_folders(), *_sweep_orders()]
 
 
-def clean_host() -> list[Leftover]:
-    """Remove what no living process owns; return it."""
-    orphans = [found for found in find_on_host() if found.state == ORPHAN]
-    try:
-        engine = find_engine()
-        remove_started(engine, [each for each in find_started(engine) if each.is_orphan])
-    except EngineError:
-        pass  # without an engine there is nothing of it to remove
+def clean_host(note: Callable[[str], None]) -> list[Leftover]:
+    """Remove what no living process owns; return it. `note` is told what is still there."""
+    orphans = [found for found in find_on_host(note) if found.state == ORPHAN]
+    if any(found.kind in ENGINE_KINDS for found in orphans):
+        with suppress(EngineError):
+            engine = find_engine()
+            remove_started(engine, [each for each in find_started(engine) if each.is_orphan])
     for found in orphans:
         if found.kind == "scratch":
             shutil.rmtree(found.name, ignore_errors=True)
         elif found.kind == "order":
             Path(found.name).unlink(missing_ok=True)
-    return orphans
+    unseen: list[str] = []
+    left = {found.name for found in find_on_host(unseen.append)} if orphans else set()
+    kept = [found for found in orphans if found.name in left or (unseen and found.kind in ENGINE_KINDS)]
+    for found in kept:
+        note(f"not removed: {found}")
+    return [found for found in orphans if found not in kept]
 
 
 def find_in_output(store: Store, root: str) -> list[Leftover]:
@@ -110,10 +119,13 @@ def clean_output(store: Store, root: str, *, drops_unfinished: bool) -> list[Lef
     return [found for found in before if found.name not in kept]
 
 
-def _started() -> Iterator[Leftover]:
+def _started(note: Callable[[str], None]) -> Iterator[Leftover]:
     try:
         started = find_started(find_engine())
-    except EngineError:
+    except NoEngineError:
+        return
+    except EngineError as error:
+        note(f"containers were not looked at: {error}")
         return
     for each in started:
         state = ORPHAN if each.is_orphan else IN_USE

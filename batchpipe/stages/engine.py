@@ -31,6 +31,10 @@ class EngineError(CannotStart):
     """A command of the engine failed; the text is what it said."""
 
 
+class NoEngineError(EngineError):
+    """No engine is installed, so that none can have a container of ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """A command that answers. ``name`` is docker or podman, ``path`` where it lies."""
@@ -117,7 +121,9 @@ def _find_engine(path: str, _host: str) -> Engine:
         is_podman = name == "podman" or '"OsArch"' in version  # it may be installed as docker
         return Engine("podman" if is_podman else name, command)
     advice = "start one, `docker info` or `podman info` must answer; DOCKER_HOST says where docker is, if not here"
-    raise EngineError(f"no container engine answers: {'; '.join(tried)}", next=advice)
+    is_none_there = not any(shutil.which(name, path=path) for name in ENGINES)
+    error = NoEngineError if is_none_there else EngineError
+    raise error(f"no container engine answers: {'; '.join(tried)}", next=advice)
 
 
 def _run_watched(

@@ -12,6 +12,9 @@ from typing import Any
 from batchpipe.stages.engine import OWNER_LABEL, RUN_LABEL, STAGE_LABEL, Engine, EngineError
 from batchpipe.storage.owner import is_dead, this_process
 
+LISTINGS = 10
+"""Times that containers are listed anew where one of them vanishes before it is looked at."""
+
 
 @dataclass(frozen=True, slots=True)
 class Started:
@@ -31,19 +34,31 @@ class Started:
 
 def find_started(engine: Engine) -> list[Started]:
     """Return all containers and networks of all runs, orphans or not. Raises EngineError."""
-    found = []
-    for kind, command in (("container", ["ps", "--all"]), ("network", ["network", "ls"])):
-        names = engine.run(*command, "--quiet", f"--filter=label={RUN_LABEL}").split()
-        if names:
-            found += [_started(kind, each) for each in json.loads(engine.run(kind, "inspect", *names))]
+    commands = (("container", ["ps", "--all"]), ("network", ["network", "ls"]))
+    found = [_started(kind, each) for kind, command in commands for each in _inspect(engine, kind, command)]
     return sorted(found, key=lambda each: (each.kind, each.since, each.name))
 
 
 def remove_started(engine: Engine, started: Iterable[Started]) -> None:
-    """Remove containers, then networks. One that is gone already is fine."""
+    """Remove containers, then networks. What is left then is told by `find_started`."""
     for each in sorted(started, key=lambda each: each.kind):
         with suppress(EngineError):
             engine.run(each.kind, "rm", *(["--force", "--volumes"] if each.kind == "container" else []), each.name)
+
+
+def _inspect(engine: Engine, kind: str, command: list[str]) -> list[dict[str, Any]]:
+    """All that the engine knows of those that this command lists."""
+    tries = LISTINGS
+    while names := engine.run(*command, "--quiet", f"--filter=label={RUN_LABEL}").split():
+        try:
+            found: list[dict[str, Any]] = json.loads(engine.run(kind, "inspect", *names))
+        except EngineError:  # one of them may have gone just now
+            tries -= 1
+            if not tries:
+                raise
+        else:
+            return found
+    return []
 
 
 def _started(kind: str, found: dict[str, Any]) -> Started:
