@@ -4,6 +4,7 @@ The same conversions and the same `CallableStage` as in a run: what it computes 
 """
 
 import errno
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,10 +79,13 @@ def serve(
 def _number(variable: str, default: float) -> float:
     text = os.environ.get(variable) or str(default)
     try:
-        return float(text)
-    except ValueError as exc:
-        advice = f"{variable}={default:g} batchpipe serve ..., or leave it unset for {default:g}"
-        raise JobError(f"the environment variable {variable} is {text!r}, which is no number", next=advice) from exc
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    advice = f"{variable}={default:g} batchpipe serve ..., or leave it unset for {default:g}"
+    raise JobError(f"the environment variable {variable} is {text!r}, which is no number", next=advice)
 
 
 def _cannot_listen(address: str, error: OSError | OverflowError, other_port: str) -> StageStartError:
@@ -127,10 +131,12 @@ class _Server:
         self._stage = stage
         self._columns = columns
         self._max_payload_mb = max_payload_mb
-        self._waiting = 0
+        self._waiting: list[web.Request] = []
 
     async def ping(self, _: web.Request) -> web.Response:
-        return web.Response()
+        """Not ready while every thread may be in a call that nobody waits for any more: one of them may never end."""
+        given_up = sum(request.transport is None or request.transport.is_closing() for request in self._waiting)
+        return web.Response(status=503 if given_up >= self._stage.concurrency else 200)
 
     async def execution_parameters(self, _: web.Request) -> web.Response:
         advice: dict[str, object] = {
@@ -144,9 +150,9 @@ class _Server:
         return web.json_response(advice)
 
     async def invoke(self, request: web.Request) -> web.Response:
-        if self._waiting >= MAX_WAITING:
+        if len(self._waiting) >= MAX_WAITING:
             return web.Response(status=503, text="too many requests wait already", headers={"Retry-After": "1"})
-        self._waiting += 1
+        self._waiting.append(request)
         try:
             return await self._answer(request)
         except ContentError as exc:
@@ -158,7 +164,7 @@ class _Server:
                 status=503 if exc.remedy is Remedy.RETRY else 400, text=f"{exc}{where}", headers=headers
             )
         finally:
-            self._waiting -= 1
+            self._waiting.remove(request)
 
     async def _answer(self, request: web.Request) -> web.Response:
         body = await request.read()

@@ -1,5 +1,7 @@
 """Stages for `test_serve`: one of each shape, and some that fail."""
 
+import threading
+
 import pandas as pd
 
 
@@ -43,6 +45,14 @@ def fail(frame: pd.DataFrame) -> pd.DataFrame:
 
 def busy(frame: pd.DataFrame) -> pd.DataFrame:
     raise Busy("later")
+
+
+go_on = threading.Event()
+
+
+def wait(lines: list[bytes]) -> list[bytes]:
+    go_on.wait(60)
+    return lines
 
 
 def first_only(lines: list[bytes]) -> list[bytes]:

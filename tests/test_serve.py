@@ -25,7 +25,7 @@ from batchpipe.convert import from_answer, to_dataframe
 from batchpipe.errors import JobError, StageStartError
 from batchpipe.serve import make_app, open_for_serving, serve
 from batchpipe.stages import Answer, Remedy
-from batchpipe.stages.contract import wait_until_ready
+from batchpipe.stages.contract import answers_ping, wait_until_ready
 from batchpipe.stages.ports import take_ports
 from tests import served
 from tests.jobs import running
@@ -285,10 +285,13 @@ def test_address_that_cannot_be_had_is_told(monkeypatch: pytest.MonkeyPatch, hos
 @pytest.mark.parametrize(
     ("variable", "default"), [("SAGEMAKER_BIND_TO_PORT", "8080"), ("SAGEMAKER_MAX_PAYLOAD_IN_MB", "100")]
 )
-def test_variable_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch, variable: str, default: str):
-    monkeypatch.setenv(variable, "many")
+@pytest.mark.parametrize("value", ["many", "nan", "inf"])
+def test_variable_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch, variable: str, default: str, value: str):
+    monkeypatch.setenv(variable, value)
 
-    with pytest.raises(JobError, match=f"the environment variable {variable} is 'many', which is no number") as error:
+    with pytest.raises(
+        JobError, match=f"the environment variable {variable} is '{value}', which is no number"
+    ) as error:
         serve("tests.served:double", {})
 
     assert error.value.next == f"{variable}={default} batchpipe serve ..., or leave it unset for {default}"
@@ -341,3 +344,21 @@ def test_G7_only_an_image_that_is_told_to_serve_is_reached_from_elsewhere(argume
     assert listening == {host}
     address = f"http://{host}:{ports.port}"
     assert said == f"serving tests.served:double on {address} (another port: SAGEMAKER_BIND_TO_PORT; Ctrl-C ends it)\n"
+
+
+def test_ping_is_refused_while_a_call_that_nobody_waits_for_holds_the_only_thread(serve_it: Serve):
+    """So its caller knows that it is stuck: the records that wait behind such a call are not at fault."""
+    address = serve_it("wait")
+    host, port = address.split(":")
+    connection = http.client.HTTPConnection(address, timeout=0.2)
+    with pytest.raises(TimeoutError):
+        connection.request("POST", "/invocations", b"1\n", {"Content-Type": CSV})
+        connection.getresponse()
+    was_ready = answers_ping(host, int(port), 0.5)
+    connection.close()
+
+    is_ready = answers_ping(host, int(port), 0.5)
+
+    served.go_on.set()
+    assert (was_ready, is_ready) == (True, False)
+    assert answers_ping(host, int(port), 10)
