@@ -21,9 +21,10 @@ from batchpipe.content import ARROW, CSV, JSON, JSON_LINES, ContentError
 from batchpipe.errors import JobError, StageStartError
 from batchpipe.job import Job
 from batchpipe.specs.spec import MB
+from batchpipe.specs.stage import PORT
 from batchpipe.stages import InvocationFailed, Remedy
 from batchpipe.stages.callable import CallableStage, open_callable
-from batchpipe.stages.contract import NO_REMEDY, PAYLOAD, PORT
+from batchpipe.stages.contract import NO_REMEDY, PAYLOAD
 from batchpipe.stages.tables import can_be_table, take_header, to_table
 
 MAX_WAITING = 100

@@ -351,8 +351,8 @@ def test_ping_is_refused_while_a_call_that_nobody_waits_for_holds_the_only_threa
     address = serve_it("wait")
     host, port = address.split(":")
     connection = http.client.HTTPConnection(address, timeout=0.2)
+    connection.request("POST", "/invocations", b"1\n", {"Content-Type": CSV})
     with pytest.raises(TimeoutError):
-        connection.request("POST", "/invocations", b"1\n", {"Content-Type": CSV})
         connection.getresponse()
     was_ready = answers_ping(host, int(port), 0.5)
     connection.close()

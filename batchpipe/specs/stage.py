@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -25,6 +26,8 @@ StageKind = Literal["callable", "container", "process", "endpoint"]
 STAGE_KINDS: tuple[StageKind, ...] = ("callable", "container", "process", "endpoint")
 
 DEFAULT_PAYLOAD_MB = 6.0
+PORT = "SAGEMAKER_BIND_TO_PORT"
+"""The variable that tells a server where to listen; a job may state it."""
 
 _CALLABLE_ONLY = ("params", "may_drop", "thread_safe")
 _HTTP_ONLY = ("content_type", "accept", "request_key", "answer_key", "header", "count")
@@ -52,6 +55,12 @@ def _check_content_type(content_type: str) -> str:
 def _check_url(url: str) -> str:
     if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
         raise refuse("", "expected a URL that begins with http:// or https://")
+    try:
+        host, _ = urlsplit(url).hostname, urlsplit(url).port
+    except ValueError as exc:
+        raise refuse("", f"is no URL: {exc}") from exc
+    if not host:
+        raise refuse("", "names no host")
     return url
 
 
@@ -59,6 +68,9 @@ def _check_environment(environment: dict[str, str]) -> dict[str, str]:
     for name in environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name):
             raise refuse("", f"{name!r} cannot be the name of an environment variable")
+    port = environment.get(PORT, "1")
+    if not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
+        raise refuse(PORT, "must be a port, from 1 to 65535")
     return environment
 
 

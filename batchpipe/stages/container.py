@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchpipe.specs.spec import MB
+from batchpipe.specs.stage import PORT
 from batchpipe.stages import StageContext
-from batchpipe.stages.contract import PORT, contract_environment, devices_of
+from batchpipe.stages.contract import contract_environment, devices_of
 from batchpipe.stages.engine import OWNER_LABEL, RUN_LABEL, STAGE_LABEL, Engine, EngineError, find_engine
 from batchpipe.stages.http import Ending, HttpStage
 from batchpipe.stages.logs import keep_log, log_name, tail

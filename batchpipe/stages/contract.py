@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchpipe import content
+from batchpipe.specs.stage import PORT
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
@@ -23,7 +24,6 @@ ADVICE_S = 30.0
 ADVICE_BYTES = 1 << 16
 MOST_CONCURRENT = 1_000
 """So many requests at once at most where a server advises it: each is worth memory and a connection here."""
-PORT = "SAGEMAKER_BIND_TO_PORT"
 PAYLOAD = "SAGEMAKER_MAX_PAYLOAD_IN_MB"
 NO_REMEDY = "x-batchpipe-broken"
 """A header of `batchpipe serve`: the callable breaks its contract, so that sending less at once would hide it (G8)."""

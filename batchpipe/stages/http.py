@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from batchpipe import content
 from batchpipe.batch import Records
 from batchpipe.content import Body, ContentError
-from batchpipe.errors import StageStartError
+from batchpipe.errors import RecordsFailedError, StageStartError
 from batchpipe.redact import mask
 from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, Remedy, StageContext, sender_of
 from batchpipe.stages.connections import Connections, HttpAnswer
@@ -33,6 +33,7 @@ EXIT_WAIT_S = 0.5
 LONGEST_ASKED_S = 86_400.0
 """A server that asks to be left alone for longer than a day makes no sense."""
 _ERROR_CHARACTERS = 500
+_MASKED_BYTES = 1 << 16
 
 T = TypeVar("T")
 
@@ -128,6 +129,7 @@ class HttpStage:
         self.concurrency = stage.concurrent_transforms(job.batch, default)
         self._sender = sender_of(stage, job)
         self._timeout_s = stage.invocations_timeout_s
+        self._patience_s = job.on_error.no_progress_timeout_s
         self._secrets = context.secrets
         self._connections = connections
         self._served = served
@@ -178,13 +180,26 @@ class HttpStage:
                 message = f"the answer is compressed ({answer.headers['content-encoding']}), which was not asked for"
                 raise InvocationFailed("WrongAnswer", message, Remedy.ISOLATE)
             return
-        text = " ".join(answer.body[: 4 * _ERROR_CHARACTERS].decode("utf-8", "replace").split())
-        message = mask(text, self._secrets)[:_ERROR_CHARACTERS]
+        # Masked as it came: a secret may hold white space, and must not be cut before it is found.
+        text = mask(answer.body[:_MASKED_BYTES].decode("utf-8", "replace"), self._secrets)
+        message = " ".join(text.split())[:_ERROR_CHARACTERS]
         remedy = _remedy(answer)
         if remedy is Remedy.NONE:
             message = f"stage {self.name!r} breaks its contract: {message}"
         delay_s = retry_after_s(answer.headers.get("retry-after", ""))
+        if remedy is Remedy.RETRY and delay_s is not None and delay_s > self._patience_s:
+            raise self._away(f"HTTP {answer.status}: {message}", delay_s)
         raise InvocationFailed(f"HTTP {answer.status}", message, remedy, retry_after_s=delay_s)
+
+    def _away(self, answered: str, delay_s: float) -> RecordsFailedError:
+        """What ends a run at once that would end while it waits: no record is to blame, and none is tried on."""
+        asked = f"asks to be left alone for {delay_s:,.0f} s"
+        allowed = f"no_progress_timeout_s allows ({self._patience_s:,.0f} s)"
+        return RecordsFailedError(
+            f"stage {self.name!r} {asked}, longer than {allowed}: {answered}",
+            next="run the same command again after that: it resumes, and finished splits are kept; "
+            f"or wait for it in the run: --set on_error.no_progress_timeout_s={2 * delay_s:.0f}",
+        )
 
     async def _encode(self, records: Records, content_type: str) -> Body:
         size = 0 if content.is_sent_as_it_lies(records, content_type) else int(records.nbytes)

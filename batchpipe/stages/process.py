@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchpipe.specs.stage import PORT
 from batchpipe.stages import CannotStart, StageContext
-from batchpipe.stages.contract import DEVICES, PORT, contract_environment, devices_of
+from batchpipe.stages.contract import DEVICES, contract_environment, devices_of
 from batchpipe.stages.http import Ending, HttpStage
 from batchpipe.stages.logs import keep_log, log_name, read_log, tail
 from batchpipe.stages.ports import PortBlock, take_ports
