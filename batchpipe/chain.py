@@ -25,7 +25,7 @@ from batchpipe.job import Job
 from batchpipe.manifest import StageStats
 from batchpipe.stages import InvocationFailed, OpenStage, StageContext, open_stage
 from batchpipe.stages.callable import CallableStage
-from batchpipe.stages.child import ChildStage
+from batchpipe.stages.child import ChildStage, SharedProcess
 from batchpipe.stages.contract import Advice
 from batchpipe.stages.http import HttpStage
 from batchpipe.stages.watcher import Watcher
@@ -97,18 +97,22 @@ class Chain:
         self._ages = count()
 
     def with_children(self, job: Job, watcher: Watcher, scratch: Path) -> "Chain":
-        """The same chain with each callable in a process of its own, for splits that lost their worker.
+        """The same chain with its callables in child processes, for splits that lost their worker.
 
-        Servers, and how many requests each may have in flight, are shared with this one.
+        Callables that hand each other DataFrames share one. Servers, and how many requests each may have in flight,
+        are shared with this chain.
         """
         isolated = copy(self)
         isolated._invokers, isolated._slots = list(self._invokers), list(self._slots)
         stages = list(self.stages)
+        shared: tuple[SharedProcess, Slots] | None = None
         for place, (stage, spec) in enumerate(zip(self.stages, job.stages, strict=True)):
             if isinstance(stage, CallableStage):
-                stages[place] = child = ChildStage(spec, job, stage, watcher, scratch)
+                process, slots = shared or (SharedProcess(job, watcher, scratch), Slots(ChildStage.concurrency))
+                stages[place] = child = ChildStage(spec, stage, process)
                 isolated._invokers[place] = Invoker(child, spec.invocations_max_retries)
-                isolated._slots[place] = Slots(child.concurrency)
+                isolated._slots[place] = slots
+                shared = (process, slots) if stage.hands_on_frames else None
         isolated.stages = tuple(stages)
         return isolated
 

@@ -21,7 +21,7 @@ from tests.jobs import until
 from tests.opened_stage import make_job
 
 STAGES = """
-import ctypes, os, time
+import ctypes, gc, os, time
 from pathlib import Path
 import pandas as pd
 
@@ -65,19 +65,51 @@ def dtype(frame: pd.DataFrame):
 def bodies(records: list[bytes]):
     return [record.upper() for record in records]
 
-def unpicklable(frame: pd.DataFrame):
-    return frame.assign(call=[lambda: 1] * len(frame))
+def lambdas(frame: pd.DataFrame):
+    return frame.assign(call=[lambda n=n: n for n in frame.n])
+
+def wrapped(frame: pd.DataFrame):
+    return frame.assign(call=[lambda call=call: call() for call in frame.call])
+
+def calling(frame: pd.DataFrame):
+    return pd.DataFrame({"n": [call() for call in frame.call]})
+
+class Counted:
+    pass
+
+def counted(frame: pd.DataFrame):
+    return frame.assign(held=[Counted() for _ in frame.n])
+
+def count(frame: pd.DataFrame):
+    return frame.assign(held=sum(isinstance(each, Counted) for each in gc.get_objects()))
 
 def even(frame: pd.DataFrame):
     kept = frame.n % 2 == 0
     return frame[kept], kept
+
+def asked():
+    with Path(__file__).with_name("asked").open("a") as file:
+        file.write(".")
+        return file.tell()
+
+def odd_once(frame: pd.DataFrame):
+    kept = frame.n % 2 == (asked() == 1)
+    return frame[kept], kept
+
+def leaving_all(frame: pd.DataFrame):
+    return leaving(frame), frame.n >= 0
+
+def failing_at_the_fourth(frame: pd.DataFrame):
+    if asked() == 4:
+        raise LookupError("not now")
+    return frame
 """
 Open = Callable[..., Chain]
 
 
 @pytest.fixture
 def open_children(tmp_path: Path) -> Iterator[Open]:
-    """Open a chain of these callables of STAGES, each in a child process."""
+    """Open a chain of these callables of STAGES, in child processes."""
     (tmp_path / "child_stages.py").write_text(STAGES)
     with contextlib.ExitStack() as stack:
 
@@ -96,6 +128,11 @@ def open_children(tmp_path: Path) -> Iterator[Open]:
 def send(chain: Chain, records: Records) -> Outcome:
     batch = MiniBatch(records, Origins.of_range(0, 0, np.full(len(records), -1, np.int64)))
     return next(outcome for _, outcome in chain.stream([batch], FailureLimit(None), new_stats()))
+
+
+def answers(outcome: Outcome, column: str = "n") -> list[Any]:
+    assert isinstance(outcome.records, pa.Table)
+    return outcome.records.column(column).to_pylist()
 
 
 def numbers(count: int = 8) -> pa.Table:
@@ -121,18 +158,38 @@ def test_record_that_ends_or_stops_the_process_is_found_and_told(open_children: 
     assert outcome.places.tolist() == [0, 1, 2, 4, 5, 6, 7]
 
 
-def test_values_that_no_process_can_hand_on_are_no_record_s_fault(open_children: Open):
-    with pytest.raises(StageRefused) as refused:
-        send(open_children("unpicklable", "dtype"), numbers())
+def test_values_that_no_process_can_hand_on_stay_in_the_one_that_callables_share(open_children: Open):
+    outcome = send(open_children("lambdas", "wrapped", "calling"), numbers())
 
-    assert "stage 'unpicklable' answers what cannot be pickled (" in refused.value.why.message
-    assert "cannot be tried again in processes of its own after its worker was lost" in refused.value.why.message
+    assert answers(outcome) == list(range(8))
 
 
-def test_record_that_takes_all_memory_is_found(open_children: Open, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("names", "at_fault", "reason"),
+    [
+        (["dying", "lambdas", "calling"], "dying", "Killed"),
+        (["lambdas", "dying", "calling"], "dying", "Killed"),
+        (["lambdas", "wrapped", "dying", "calling"], "dying", "Killed"),
+        (["lambdas", "sleeping", "calling"], "sleeping", "Timeout"),
+        (["lambdas", "failing", "calling"], "failing", "LookupError"),
+        (["failing_at_the_fourth", "leaving"], "leaving", "Killed"),  # when it is asked again for record 2 alone
+    ],
+)
+def test_record_that_fails_where_callables_share_a_process_costs_itself_alone(
+    open_children: Open, names, at_fault, reason
+):
+    outcome = send(open_children(*names, invocations_timeout_s=0.5), numbers())
+
+    failed = [(failed.place, failed.stage, failed.why.reason) for failed in outcome.failed]
+    assert failed == [(3, at_fault, reason)]
+    assert outcome.places.tolist() == [0, 1, 2, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("names", [["eating"], ["lambdas", "eating", "calling"]])
+def test_record_that_takes_all_memory_is_found(open_children: Open, monkeypatch: pytest.MonkeyPatch, names):
     monkeypatch.setattr("batchpipe.stages.child.memory_available", lambda: 1 << 30)
 
-    outcome = send(open_children("eating"), numbers())
+    outcome = send(open_children(*names), numbers())
 
     assert [(failed.place, failed.why.reason) for failed in outcome.failed] == [(3, "MemoryError")]
 
@@ -166,3 +223,18 @@ def test_G5_closing_ends_a_call_that_never_returns(open_children: Open, tmp_path
 
     waiting.join(10)
     assert len(ended) == 1
+
+
+def test_frames_that_are_of_no_more_use_are_let_go(open_children: Open):
+    chain = open_children("counted", "count")
+
+    for _ in range(10):
+        assert answers(send(chain, numbers()), "held")[0] <= 3 * 8  # this frame, the one before it, and the proof
+
+
+def test_stage_that_answers_other_records_when_asked_again_is_told(open_children: Open):
+    with pytest.raises(StageRefused) as refused:
+        send(open_children("odd_once", "leaving_all", may_drop=True), numbers())
+
+    why = "stage 'odd_once', asked again for what was lost with its process, answers other records than before"
+    assert refused.value.why.message == why

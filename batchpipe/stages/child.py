@@ -1,7 +1,8 @@
-"""A callable in a process of its own, for splits that lost their worker: a record that kills then costs no other one.
+"""Callables in processes of their own, for splits that lost their worker: a record that kills then costs no other one.
 
-The very same stage runs over there, so that it answers alike: see `child_process`. A death, or a call that takes too
-long, is an invocation that failed like any other, and `invoke` finds the record.
+The very same stages run over there, so that they answer alike: see `child_process`. A death, or a call that takes too
+long, is an invocation that failed like any other, and `invoke` finds the record. Callables that hand each other
+DataFrames share a process, and the frames stay there: see `kept`.
 """
 
 import asyncio
@@ -13,16 +14,22 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
+from itertools import count
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
+from weakref import WeakSet
+
+import numpy as np
 
 from batchpipe.batch import Records
 from batchpipe.errors import StageStartError
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 from batchpipe.stages.callable import CallableStage
-from batchpipe.stages.child_process import Birth, send, socket_path
+from batchpipe.stages.child_process import Birth, Call, socket_path
+from batchpipe.stages.kept import KeptRecords, Made, Rows
 from batchpipe.stages.logs import crash_in
 from batchpipe.stages.watcher import Watcher, WatcherLostError
 
@@ -43,21 +50,16 @@ def memory_available() -> int | None:
 
 
 class ChildStage:
-    """An open callable whose process starts with the first invocation, and again after each death."""
+    """An open callable in a process that it may share."""
 
     concurrency = 1
     is_exclusive = True
 
-    def __init__(self, stage: "StageSpec", job: "Job", like: CallableStage, watcher: Watcher, scratch: Path) -> None:
+    def __init__(self, stage: "StageSpec", like: CallableStage, process: "SharedProcess") -> None:
         self.name = stage.name
         self.takes_table = like.takes_table
-        self._birth = Birth(stage, job, like.hands_on_frames, memory_available())
-        self._timeout_s = stage.invocations_timeout_s
-        self._watcher = watcher
-        self._scratch = scratch
-        self._child: Child | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"child {stage.name}")
-        self._closed = threading.Event()
+        self._process = process
+        self._place = process.add(stage)
 
     def takes_one(self, records: Records) -> bool:  # noqa: ARG002 - as HTTP stages have it
         """No: a callable is called with a mini-batch as it comes."""
@@ -65,30 +67,88 @@ class ChildStage:
 
     async def invoke(self, records: Records, *, alone: bool = False) -> Answer:  # noqa: ARG002 - it always is
         """Have the callable called over there."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._call, records)
+        process = self._process
+        return await asyncio.get_running_loop().run_in_executor(process.thread, process.call, self._place, records)
 
     def close(self) -> None:
         """Kill the process, in whatever call it is."""
+        self._process.close()
+
+
+class SharedProcess:
+    """The process of some callables, each but the last of which hands the next one DataFrames.
+
+    It starts with the first call, and again after each death.
+    """
+
+    def __init__(self, job: "Job", watcher: Watcher, scratch: Path) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="child")
+        """Who calls, calls on it: one at a time, so that who dies dies of the call."""
+        self._birth = Birth((), job, memory_available())
+        self._watcher = watcher
+        self._scratch = scratch
+        self._child: Child | None = None
+        self._numbers = count()
+        self._closed = threading.Event()
+
+    def add(self, stage: "StageSpec") -> int:
+        """Have one more stage in the processes that are started from now on; its place there."""
+        self._birth = replace(self._birth, stages=(*self._birth.stages, stage))
+        return len(self._birth.stages) - 1
+
+    def close(self) -> None:
+        """Kill the process, in whatever call it is. May be called twice."""
         self._closed.set()
         if self._child:
             self._child.kill()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
-    def _call(self, records: Records) -> Answer:
+    def call(self, stage: int, records: Records) -> Answer:
+        """Have the stage at this place called with records. A DataFrame that it hands on stays over there."""
+        number = next(self._numbers)
+        child, answer = self._answer(stage, records, number)
+        if not isinstance(answer.records, Rows):
+            return answer
+        made = Made(number, stage, records, answer.kept)
+        child.keeps.add(made)
+        return replace(answer, records=KeptRecords.of(made, answer.records))
+
+    def _answer(self, stage: int, records: Records, number: int) -> "tuple[Child, Answer]":
+        """The answer, and the child that has it if only rows are told. What died with an earlier child is remade."""
         child = self._child = self._child or Child(self._birth, self._watcher, self._scratch, self._closed)
+        sent: Records | Rows = records
+        if isinstance(records, KeptRecords):
+            for made in dict.fromkeys(records.made):
+                if made not in child.keeps:
+                    self._make_again(made)
+            sent = records.rows()
+        timeout_s = self._birth.stages[stage].invocations_timeout_s
         try:
-            return child.call(records, self._timeout_s)
+            return child, child.call(stage, sent, number, timeout_s)
         except TimeoutError:
             self._child = None
-            message = f"no answer within {self._timeout_s:g} s (invocations_timeout_s)"
-            raise child.abort("Timeout", message) from None
+            raise child.abort("Timeout", f"no answer within {timeout_s:g} s (invocations_timeout_s)") from None
         except (EOFError, OSError):
             self._child = None
             raise child.died() from None
 
+    def _make_again(self, made: Made) -> None:
+        """Make a frame that died with its process, of what it was made of: the stage answered that before."""
+        who = f"stage {self._birth.stages[made.stage].name!r}, asked again for what was lost with its process,"
+        try:
+            child, answer = self._answer(made.stage, made.sent, made.number)
+        except InvocationFailed as why:
+            # No record that was answered before is at fault, so that another time may help.
+            remedy = Remedy.RETRY if why.remedy is Remedy.ISOLATE else why.remedy
+            message, where = f"{who} failed: {why.message}", why.location
+            raise InvocationFailed(why.reason, message, remedy, location=where, traceback=why.traceback) from why
+        if not isinstance(answer.records, Rows) or not np.array_equal(np.asarray(answer.kept), np.asarray(made.kept)):
+            raise InvocationFailed("WrongAnswer", f"{who} answers other records than before", Remedy.NONE)
+        child.keeps.add(made)
+
 
 class Child:
-    """The process of one callable, from its start to its death. Raises StageStartError (4) where it does not start."""
+    """One process, from its start to its death. Raises StageStartError (4) where it does not start."""
 
     def __init__(self, birth: Birth, watcher: Watcher, scratch: Path, closed: threading.Event) -> None:
         self._folder = scratch / f"child-{uuid4().hex[:8]}"
@@ -98,11 +158,13 @@ class Child:
         command = [sys.executable, "-P", "-m", "batchpipe.stages.child_process", str(self._folder)]
         environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
         self._process = watcher.start(command, env=environment, cwd=Path.cwd(), log=self._log)
-        self._connection = self._connect(birth.stage.name, closed)
+        self._connection = self._connect(" and ".join(repr(stage.name) for stage in birth.stages), closed)
+        self.keeps: WeakSet[Made] = WeakSet()
+        """Frames that are there and are still of use. It lets go of the others with the next call."""
 
-    def call(self, records: Records, timeout_s: float) -> Answer:
-        """Send records and wait for the answer. Raises TimeoutError, and EOFError or OSError where it died."""
-        send(self._connection, records, "the stage before")
+    def call(self, stage: int, records: Records | Rows, number: int, timeout_s: float) -> Answer:
+        """Send a call and wait for the answer. Raises TimeoutError, and EOFError or OSError where it died."""
+        self._connection.send(Call(stage, records, number, tuple(made.number for made in self.keeps)))
         if not self._connection.poll(timeout_s):
             raise TimeoutError
         answer: Answer | InvocationFailed = self._connection.recv()
@@ -145,8 +207,8 @@ class Child:
             return code
         return None
 
-    def _connect(self, name: str, closed: threading.Event) -> "Connection[Records, Answer | InvocationFailed]":
-        """It listens once the callable is constructed."""
+    def _connect(self, names: str, closed: threading.Event) -> "Connection[Call, Answer | InvocationFailed]":
+        """It listens once the callables are constructed."""
         deadline = time.monotonic() + START_TIMEOUT_S
         with socket_path(self._folder) as path:
             while self._process.poll() is None and time.monotonic() < deadline and not closed.is_set():
@@ -156,7 +218,7 @@ class Child:
         self.kill()
         log = self._log.read_text(errors="replace")
         raise StageStartError(
-            f"stage {name!r} did not start in a process of its own, as it did in its worker",
+            f"stage {names} did not start in a process of its own, as it did in its worker",
             log=log,
             next="see its log: is there memory for a second one? the same command then resumes the run",
         )

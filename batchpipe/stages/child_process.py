@@ -1,6 +1,6 @@
-"""What `child` starts as `python -m batchpipe.stages.child_process FOLDER`: one callable, called as it is told to.
+"""What `child` starts as `python -m batchpipe.stages.child_process FOLDER`: some callables, called as it is told to.
 
-It listens on a socket in the folder once the callable is constructed, and ends when its worker hangs up.
+It listens on a socket in the folder once the callables are constructed, and ends when its worker hangs up.
 """
 
 import os
@@ -8,16 +8,20 @@ import pickle
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
 
 from batchpipe.batch import Records
-from batchpipe.stages import Answer, InvocationFailed, Remedy
+from batchpipe.convert.frames import FrameRecords
+from batchpipe.stages import Answer, InvocationFailed
 from batchpipe.stages.callable import CallableStage, open_callable
+from batchpipe.stages.kept import Rows
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
@@ -27,11 +31,23 @@ if TYPE_CHECKING:
 class Birth:
     """What a child is told at its start. A description."""
 
-    stage: "StageSpec"
+    stages: tuple["StageSpec", ...]
+    """Each but the last hands the next one DataFrames."""
     job: "Job"
-    hands_on_frames: bool
     memory_bytes: int | None
     """What it may use; None: no limit is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a child is asked for: what a stage, known by its place among those of the process, makes of records."""
+
+    stage: int
+    records: Records | Rows
+    number: int
+    """By which a DataFrame that is to be handed on is known afterwards."""
+    alive: tuple[int, ...]
+    """The frames that may be asked for again."""
 
 
 @contextmanager
@@ -48,53 +64,41 @@ def socket_path(folder: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Construct the callable that the folder tells of, then answer until the worker hangs up."""
+    """Construct the callables that the folder tells of, then answer until the worker hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     folder = Path(sys.argv[1])
     birth: Birth = pickle.loads((folder / "birth.pickle").read_bytes())
     take_memory_last(birth.memory_bytes)
-    stage = open_callable(birth.stage, birth.job)
-    stage.hands_on_frames = birth.hands_on_frames
+    stages = [open_callable(stage, birth.job) for stage in birth.stages]
+    for stage in stages[:-1]:
+        stage.hands_on_frames = True
     with socket_path(folder) as path, Listener(path, "AF_UNIX") as listener, listener.accept() as worker:
-        serve(stage, worker)
+        serve(stages, worker)
     os._exit(0)  # whatever threads the user's code has left
 
 
-def serve(stage: CallableStage, worker: "Connection[Answer | InvocationFailed, Records]") -> None:
-    """Answer one request after the other, until the worker hangs up."""
+def serve(stages: Sequence[CallableStage], worker: "Connection[Answer | InvocationFailed, Call]") -> None:
+    """Answer one call after the other, until the worker hangs up."""
+    kept: dict[int, FrameRecords] = {}
     with suppress(EOFError, ConnectionError):
         while True:
-            reply = answer(stage, worker.recv())
-            try:
-                send(worker, reply, f"stage {stage.name!r}")
-            except InvocationFailed as failure:
-                worker.send(failure)
+            call = worker.recv()
+            kept = {number: kept[number] for number in call.alive}
+            worker.send(answer(stages[call.stage], call, kept))
 
 
-def send(to: "Connection[Any, Any]", value: object, who: str) -> None:
-    """Send to the other process what `who` answered.
-
-    Raises OSError where that process is gone, and InvocationFailed where the value does not go from one process to
-    another: that is the end of the run, and no record's failure.
-    """
+def answer(stage: CallableStage, call: Call, kept: dict[int, FrameRecords]) -> Answer | InvocationFailed:
+    """What the callable makes of records, or how it failed. Of a DataFrame to be handed on only its rows are told."""
+    records = call.records.of(kept) if isinstance(call.records, Rows) else call.records
     try:
-        to.send(value)
-    except OSError:
-        raise
-    except Exception as error:
-        message = (
-            f"{who} answers what cannot be pickled ({type(error).__name__}: {error}), so that the split cannot be tried"
-            " again in processes of its own after its worker was lost"
-        )
-        raise InvocationFailed("CannotBeSent", message, Remedy.NONE) from error
-
-
-def answer(stage: CallableStage, records: Records) -> Answer | InvocationFailed:
-    """What the callable makes of records, or how it failed."""
-    try:
-        return stage.call(records)
+        made = stage.call(cast("Records", records))
     except InvocationFailed as failure:
         return failure
+    if not isinstance(made.records, FrameRecords):
+        return made
+    kept[call.number] = made.records
+    places = np.arange(len(made.records), dtype=np.int64)
+    return Answer(cast("Records", Rows(np.full_like(places, call.number), places)), made.kept)
 
 
 def take_memory_last(limit: int | None) -> None:
