@@ -35,6 +35,12 @@ def dies_once(frame: pd.DataFrame):
         os.kill(os.getpid(), signal.SIGKILL)
     return frame
 
+def lambdas(frame: pd.DataFrame):
+    return frame.assign(call=[lambda n=n: n for n in frame.n])
+
+def calling(frame: pd.DataFrame):
+    return pd.DataFrame({"n": [call() for call in frame.call]})
+
 def waits_in_a_child(frame: pd.DataFrame):
     if 157 in frame.n.values:
         (HERE / f"pid-{os.getpid()}-{os.getppid()}").touch()
@@ -134,6 +140,19 @@ def test_worker_that_was_preempted_costs_no_record(jobs: Jobs):
 
     assert ran.code == 0, ran.err
     assert [record["n"] for record in jobs.records()] == list(range(300))
+
+
+@pytest.mark.parametrize(("function", "lost"), [("dies_once", []), ("dies", [157])])
+def test_what_cannot_be_pickled_between_callables_costs_nothing_where_their_worker_is_lost(
+    jobs: Jobs, function: str, lost: list[int]
+):
+    chain = [{"callable": f"stages:{name}"} for name in ("lambdas", function, "calling")]
+    ran = jobs.run("run", jobs.job(chain, batch={"split_mb": 0.001}, on_error={"max_failed_records": len(lost)}))
+
+    assert ran.code == 0, ran.err
+    assert [record["n"] for record in jobs.records()] == [n for n in range(300) if n not in lost]
+    assert [(failed["record"], failed["stage"]) for failed in jobs.quarantined()] == [(n, function) for n in lost]
+    assert jobs.is_released()
 
 
 def test_worker_that_is_lost_again_while_its_callables_run_in_children_costs_no_record(jobs: Jobs):
