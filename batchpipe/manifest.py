@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
@@ -164,6 +165,14 @@ class SplitResult:
                 "stages": {name: StageStats(**stats) for name, stats in data["stages"].items()},
             }
         )
+
+
+class Kept(Enum):
+    """What an earlier start knew of a split."""
+
+    SETTLED = "it counts, and its piece is there"
+    LOST = "it had settled, but its piece is gone: it runs again, and how many records it has is known"
+    HELD = "it is done, and counts if the ranges before it end where it began"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Workers only ever write pending pieces; what is here alone makes them visible, a
 only rolls forward (G2).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from datetime import UTC, datetime
 from heapq import merge
 from itertools import groupby
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchpipe.fingerprint import Fingerprint
 from batchpipe.job import Job
-from batchpipe.manifest import Input, Manifest, Part, SplitResult
+from batchpipe.manifest import Input, Kept, Manifest, Part, SplitResult
 from batchpipe.mirror import Assembly
 from batchpipe.numbering import Numbering
 from batchpipe.orders import Place, quarantine_name
@@ -32,12 +32,13 @@ from batchpipe.runs import (
     iter_pending,
     key,
     key_of,
+    keys_of,
     remove_unsettled,
     sweep_run,
     without_type,
 )
 from batchpipe.split import InputObject
-from batchpipe.storage import Lock, Pending, Store, join, relative
+from batchpipe.storage import Lock, ObjectExistsError, Pending, PendingLostError, Store, join, relative
 
 if TYPE_CHECKING:
     from batchpipe.journal import Journal
@@ -79,8 +80,8 @@ class Output:
         """0 for a run, n for its n-th redrive."""
         return len(self.redrives.generations) if self.redrives else 0
 
-    def replay(self) -> Iterator[SplitResult]:
-        """Settled splits of earlier starts whose pieces are still there; then what nobody journaled is discarded."""
+    def replay(self) -> Iterator[tuple[SplitResult, Kept]]:
+        """What earlier starts made of the run's splits; then what nobody journaled is discarded."""
         state = RunState.of(self.journal.replay())
         self.is_resumed, self.started = bool(state.started), state.started or self.started
         self.schemas, self.assembled = state.schemas, state.assembled
@@ -89,21 +90,43 @@ class Output:
         if not state.has_begun_to_publish:
             self.assembled = {each: one for each, one in self.assembled.items() if key_of(one["piece"]) in unnamed}
             unnamed -= {key_of(one["piece"]) for one in self.assembled.values()}
+        held: dict[int, dict[str, Any]] = {}
         for entry in self.journal.replay():
-            piece = entry.get("piece") or {}
-            if entry["type"] != "split" or (piece and key_of(piece) in state.lost):
+            if entry["type"] == "held":
+                held[entry["split"]] = entry
+            if entry["type"] != "split":
                 continue
+            held.pop(entry["split"], None)
+            result, piece = SplitResult.from_json(without_type(entry)), entry["piece"]
+            is_lost = piece and key_of(piece) in state.lost
             if piece and not state.has_begun_to_publish:
-                if key_of(piece) not in unnamed and piece["uri"] not in apart:
-                    continue
+                is_lost = is_lost or (key_of(piece) not in unnamed and piece["uri"] not in apart)
                 unnamed.discard(key_of(piece))
-            result = SplitResult.from_json(without_type(entry))
-            self.pieces.add(result)
-            yield result
+            if not is_lost:
+                self.pieces.add(result)
+            yield result, Kept.LOST if is_lost else Kept.SETTLED
         if not state.has_begun_to_publish:
+            held = {split: entry for split, entry in held.items() if self._is_whole(entry, unnamed)}
+            for entry in held.values():
+                unnamed -= keys_of(entry)
+                yield SplitResult.from_json(without_type(entry)), Kept.HELD
             discard_named(self.store, self.folder, unnamed)
         if self.is_resumed:
-            remove_unsettled(self.store, self.folder, self.pieces)
+            remove_unsettled(self.store, self.folder, lambda split: split in self.pieces or split in held)
+
+    def _is_whole(self, held: Mapping[str, Any], pending: Set[str]) -> bool:
+        """Whether all that a held split wrote is there; its quarantine may have been shown just before a kill."""
+        if held["piece"] and key_of(held["piece"]) not in pending:
+            return False
+        shown = [
+            piece for name in ("quarantine", "tracebacks") if (piece := held[name]) and key_of(piece) not in pending
+        ]
+        try:
+            for piece in shown:
+                self.store.publish(Pending.from_json(piece))  # done already, or not to be done any more
+        except (ObjectExistsError, PendingLostError):
+            return False
+        return True
 
     def begin(self) -> None:
         """Write down what this run is, so that a later start knows whether it is the same."""
@@ -122,6 +145,10 @@ class Output:
         self.keep_quarantine(result)
         self.pieces.add(result)
         self.journal.append("split", **result.to_json())
+
+    def hold(self, result: SplitResult) -> None:
+        """Journal a split that is done and has not settled: its pieces stay, for the next start if need be."""
+        self.journal.append("held", **result.to_json())
 
     def assemblies(self, inputs: Iterable[InputObject], place: Place) -> Iterator[Assembly]:
         """Under mirror, the objects whose pieces are still apart; the pieces are published where workers can read them.

@@ -15,6 +15,7 @@ from uuid import uuid4
 from batchpipe.errors import BatchpipeError
 from batchpipe.failures import Budget, first_failed, is_beyond_records, too_many_failed
 from batchpipe.job import Job
+from batchpipe.journal import FLUSH_S
 from batchpipe.manifest import (
     SCHEMA_VERSION,
     Generation,
@@ -65,6 +66,7 @@ class Run:
         self.output = output
         self.started = time.monotonic()
         self.workers = 0
+        self._kept = self.started
         self._on_progress = on_progress
         self._watch = Stopwatch(job.on_error)
         self.schedule = Schedule(plan, plan.count, output.replay(), job.on_error.max_failed_records)
@@ -102,6 +104,8 @@ class Run:
                 raise self._beyond_budget(pool)
             orders = self._orders(pool)
             tick = partial(self._tick, pool, "transform")
+            for result in self.schedule.settle_held():
+                self._settle(result, pool)
             tasks = pool.stream(run_splits, self.schedule.take, orders, on_lost=isolated, on_tick=tick)
             with contextlib.closing(tasks):
                 for task, outcomes in tasks:
@@ -181,7 +185,15 @@ class Run:
             for _ in numbered:
                 pass
 
+    def keep_held(self) -> None:
+        """Journal what is done and waits for the ranges before it, which may take long."""
+        self._kept = time.monotonic()
+        for result in self.schedule.held_back():
+            self.output.hold(result)
+
     def _tick(self, pool: "Pool", step: str) -> None:
+        if time.monotonic() - self._kept >= FLUSH_S:
+            self.keep_held()
         self.output.journal.flush_if_due()
         self.workers = pool.workers
         gauge = pool.progress()

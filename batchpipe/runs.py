@@ -6,7 +6,7 @@ From here the driver, `clean` and the watcher's sweep know what a run that ended
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -62,8 +62,7 @@ def sweep_run(store: Store, folder: RunFolder) -> None:
     for entry in read_journal(store, folder / "journal") if unnamed else ():
         if entry["type"] == "commit":
             return
-        if entry.get("piece"):
-            unnamed.discard(key_of(entry["piece"]))
+        unnamed -= keys_of(entry)
     discard_named(store, folder, unnamed)
 
 
@@ -127,8 +126,8 @@ def remove_strays(store: Store, root: str, strayed: Iterable[str]) -> None:
 
 
 def has_settled(store: Store, folder: RunFolder) -> bool:
-    """Whether any split of an unfinished run has settled."""
-    return any(entry["type"] == "split" for entry in read_journal(store, folder / "journal"))
+    """Whether any split of an unfinished run has settled, or is done and held back."""
+    return any(entry["type"] in ("split", "held") for entry in read_journal(store, folder / "journal"))
 
 
 def start_of(store: Store, folder: RunFolder) -> dict[str, Any] | None:
@@ -213,13 +212,13 @@ def failed_of(result: SplitResult) -> dict[str, Any]:
     return {"objects": objects, "before": before}
 
 
-def remove_unsettled(store: Store, folder: RunFolder, settled: "PieceSpool") -> None:
+def remove_unsettled(store: Store, folder: RunFolder, stays: Callable[[int], bool]) -> None:
     """Remove what an earlier start let be seen of splits that must run again: their records may not fail then."""
     for name in ("quarantine", "logs/tracebacks"):
         files = list(store.iter_folder(folder / name))
         numbers = [re.search(r"split-(\d+)\.\w+$", found.uri) for found in files]
         store.delete(
-            found.uri for found, number in zip(files, numbers, strict=True) if number and int(number[1]) not in settled
+            found.uri for found, number in zip(files, numbers, strict=True) if number and not stays(int(number[1]))
         )
 
 
@@ -231,3 +230,8 @@ def key(pending: Pending) -> str:
 def key_of(piece: dict[str, Any]) -> str:
     """The key of a piece as it was journaled."""
     return key(Pending.from_json(piece))
+
+
+def keys_of(entry: Mapping[str, Any]) -> set[str]:
+    """The keys of all pieces that a journal entry names, be they pending still or published, as quarantine is."""
+    return {key_of(piece) for name in ("piece", "quarantine", "tracebacks") if (piece := entry.get(name))}

@@ -4,10 +4,11 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TypeAlias
 
 from batchpipe.job import Job
-from batchpipe.manifest import Accounts, Failure, SplitFailed, SplitResult, StageStats
+from batchpipe.manifest import Accounts, Failure, Kept, SplitFailed, SplitResult, StageStats
 from batchpipe.split import Split
 
 TASK_S = 1.2
@@ -101,22 +102,32 @@ class Schedule:
         self,
         splits: Iterable[Split],
         count: int,
-        journaled: Iterable[SplitResult] = (),
+        journaled: Iterable[tuple[SplitResult, Kept]] = (),
         allowed_failures: int | None = None,
     ) -> None:
         self.tally = Tally(splits=count)
         self._allowed_failures = allowed_failures
         self._settled = bytearray(count)
         self._ends: dict[int, _End] = {}
-        for result in journaled:
-            self._count(result)
+        self._held: dict[int, SplitResult | SplitFailed] = {}
+        for result, kept in journaled:
+            match kept:
+                case Kept.SETTLED:
+                    self._count(result)
+                case Kept.LOST:
+                    self._numbered(result)
+                case Kept.HELD:
+                    self._held[result.split] = result
         self._ends = {
             split: end for split, end in self._ends.items() if split + 1 < count and not self._settled[split + 1]
         }
-        self._fresh: Iterator[Split] = (split for split in splits if not self._settled[split.index])
+        self._told = set(self._held)
+        begun = frozenset(self._held)
+        self._running = {split.index: split for split in _up_to(max(begun, default=-1), splits) if split.index in begun}
+        self._fresh: Iterator[Split] = (
+            split for split in splits if not self._settled[split.index] and split.index not in begun
+        )
         self._again: deque[Split] = deque()
-        self._running: dict[int, Split] = {}
-        self._held: dict[int, SplitResult | SplitFailed] = {}
         self._seconds_per_split = TASK_S
 
     @property
@@ -162,6 +173,18 @@ class Schedule:
             yield from self._settle_from(outcome.split)
         self.give_back(split for split in task if split.index in self._running and split.index not in self._held)
 
+    def settle_held(self) -> Iterator[SplitResult]:
+        """Yield what earlier starts held back and that can settle now, to be journaled; once, before anything runs."""
+        for index in sorted(self._held):
+            yield from self._settle_from(index)
+
+    def held_back(self) -> Iterator[SplitResult]:
+        """Results that wait for the ranges before them, each once: a kill now shall not cost them."""
+        for index, outcome in self._held.items():
+            if isinstance(outcome, SplitResult) and not outcome.stopped and index not in self._told:
+                self._told.add(index)
+                yield outcome
+
     def _settle_from(self, index: int) -> Iterator[SplitResult]:
         while index in self._held:
             split, outcome = self._running[index], self._held[index]
@@ -169,6 +192,7 @@ class Schedule:
             if proof is None:
                 return
             del self._held[index], self._running[index]
+            self._told.discard(index)
             if proof is not split:
                 self._again.append(proof)
                 return
@@ -191,8 +215,16 @@ class Schedule:
         return replace(split, ranges=(replace(first, start=end.offset, exact=True),))
 
     def _count(self, result: SplitResult) -> SplitResult:
-        """Settle a result: count it, and number its failed records within their objects where that is known."""
-        before = self._ends.pop(result.split - 1, None)
+        """Settle a result: number its failed records, and count it."""
+        result = self._numbered(result)
+        self._ends.pop(result.split - 1, None)
+        self._settled[result.split] = 1
+        self.tally.add(result)
+        return result
+
+    def _numbered(self, result: SplitResult) -> SplitResult:
+        """Note where a result's records end, and number the failed ones within their objects where that is known."""
+        before = self._ends.get(result.split - 1)
         last = result.ranges[-1] if result.ranges else None
         if last is not None:
             continues = len(result.ranges) == 1 and last.start > 0
@@ -202,6 +234,8 @@ class Schedule:
             if records is not None:
                 failures = (replace(failure, record=records + failure.ordinal) for failure in result.failures)
                 result = replace(result, failures=tuple(failures))
-        self._settled[result.split] = 1
-        self.tally.add(result)
         return result
+
+
+def _up_to(index: int, splits: Iterable[Split]) -> Iterator[Split]:
+    return takewhile(lambda split: split.index <= index, splits)

@@ -198,11 +198,15 @@ class SmallRun:
         output = run.output
         if not output.schemas:
             output.set_schemas(Schemas().to_json())
-        while task := run.schedule.take(1):
-            outcomes = [self._work(split, run.place, made) for split in task]
-            for result in run.schedule.settle(task, outcomes):
-                output.settle(result)
-                if result.split % 2:  # two splits a segment
+        for result in run.schedule.settle_held():
+            output.settle(result)
+        while tasks := [task for _ in range(3) if (task := run.schedule.take(1))]:
+            for task in reversed(tasks):  # the later ranges of an object are done first
+                outcomes = [self._work(split, run.place, made) for split in task]
+                for result in run.schedule.settle(task, outcomes):
+                    output.settle(result)
+                run.keep_held()
+                if task[0].index % 2:
                     output.journal.flush()
         _join_pieces(output, run, run.place)
         run.publish(run.plan.inputs)

@@ -71,7 +71,8 @@ def assert_finished(run: SmallRun) -> None:
 
 
 def settled_on_disk(run: SmallRun) -> set[int]:
-    return {int(entry["split"]) for entry in run.entries("split")}
+    """What is settled, or done and held back: neither is done again."""
+    return {int(entry["split"]) for type_ in ("split", "held") for entry in run.entries(type_)}
 
 
 @pytest.mark.parametrize(("layout", "if_exists"), [("parts", "error"), ("parts", "replace"), ("mirror", "replace")])

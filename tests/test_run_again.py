@@ -23,6 +23,12 @@ def slow(frame: pd.DataFrame):
         (HERE / f"began-{frame.n.min()}").touch()
         wait_for("go")
     return frame.assign(square=frame.n**2)
+
+def stuck_early(frame: pd.DataFrame):
+    (HERE / f"ran-{frame.n.min()}-{os.getpid()}").touch()
+    if 0 < frame.n.min() < 150:
+        wait_for("go")
+    return frame.assign(square=frame.n**2)
 """
 SPLITS: dict[str, Any] = {"batch": {"split_mb": 0.001}, "output": {"format": "parquet"}}
 
@@ -58,8 +64,13 @@ def content(jobs: Jobs) -> dict[str, str]:
 
 def begun(jobs: Jobs) -> bool:
     """Whether half of the splits are settled and journaled, and the others wait for the file ``go``."""
-    entries = [json.loads(line) for path in jobs.hidden("*/journal/0*.jsonl") for line in path.read_text().splitlines()]
-    return any(jobs.folder.glob("began-*")) and sum(entry["type"] == "split" for entry in entries) >= 4
+    return any(jobs.folder.glob("began-*")) and len(entries(jobs, "split")) >= 4
+
+
+def entries(jobs: Jobs, type_: str) -> list[dict[str, Any]]:
+    """What the journal says of this type."""
+    lines = [line for path in jobs.hidden("*/journal/0*.jsonl") for line in path.read_text().splitlines()]
+    return [entry for entry in map(json.loads, lines) if entry["type"] == type_]
 
 
 def test_G2_nothing_is_visible_while_a_run_goes_on_and_all_of_it_afterwards(jobs: Jobs):
@@ -93,6 +104,26 @@ def test_G4_a_run_that_was_stopped_resumes_to_the_same_bytes(done: Jobs, jobs: J
     assert again.code == 0, again.err
     kept = int(again.err.partition("kept=")[2].split()[0])
     assert 4 <= kept < again.manifest["splits"]
+    assert content(jobs) == content(done)
+
+
+def test_G4_what_is_done_behind_a_range_that_hangs_is_not_done_again_after_a_kill(done: Jobs, jobs: Jobs):
+    job = jobs.job("stages:stuck_early", **SPLITS)
+    run = jobs.start("run", job, "--workers", "2")
+    until(lambda: len(entries(jobs, "held")) >= 3, within_s=60)
+    run.send_signal(signal.SIGKILL)
+    run.communicate(timeout=10)
+    until(lambda: not jobs.processes())
+    kept = {entry["split"] for type_ in ("held", "split") for entry in entries(jobs, type_)}
+    before = set(jobs.folder.glob("ran-*"))
+
+    jobs.write("go", "")
+    again = jobs.run("run", job, "--workers", "2", "--json")
+
+    assert again.code == 0, again.err
+    firsts = {path.name.split("-")[1] for path in set(jobs.folder.glob("ran-*")) - before}
+    assert len(kept) >= 3
+    assert len(firsts - {"0"}) == again.manifest["splits"] - len(kept)  # the first one shows that the stage answers
     assert content(jobs) == content(done)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchpipe.errors import InputError
-from batchpipe.manifest import Accounts, RangeResult, SplitFailed, SplitResult
+from batchpipe.manifest import Accounts, Failure, Kept, RangeResult, SplitFailed, SplitResult
 from batchpipe.schedule import Schedule
 from batchpipe.split import InputObject, Range, Split
 
@@ -26,11 +26,13 @@ class World:
 
     def __init__(self, starts: list[int], end: int, wrong: set[int]) -> None:
         self.starts, self.end, self.wrong = sorted(starts), end, wrong
+        self.ran: list[int] = []
 
     def next_record(self, offset: int) -> int:
         return next((start for start in self.starts if start >= offset), self.end)
 
     def run(self, split: Split) -> SplitResult | SplitFailed:
+        self.ran.append(split.index)
         found = split.ranges[0]
         first = found.start if found.exact else self.next_record(found.start)
         if split.index in self.wrong and not (found.exact or found.is_first):
@@ -87,11 +89,63 @@ def test_a_resumed_schedule_runs_only_what_was_not_journaled(world, cut):
     reality = World(starts, count * STEP, wrong)
     journaled = drive(Schedule(make_splits(count), count), reality, random.Random(seed))[:cut]
 
-    schedule = Schedule(make_splits(count), count, journaled)
+    schedule = Schedule(make_splits(count), count, [(result, Kept.SETTLED) for result in journaled])
     again = drive(schedule, reality, random.Random(seed))
 
     assert {result.split for result in again}.isdisjoint(result.split for result in journaled)
     assert schedule.tally.accounts == Accounts(read=len(starts), written=len(starts))
+
+
+@given(worlds, st.integers(0, 40))
+def test_a_resumed_schedule_takes_up_what_was_held_back(world, steps):
+    """A start that is killed after so many tasks: what was done behind a range that was not is not done again."""
+    count, starts, wrong, seed = world
+    starts = [0, *(start for start in starts if start < count * STEP)]
+    reality, choice = World(starts, count * STEP, wrong), random.Random(seed)
+    killed = Schedule(make_splits(count), count)
+    kept: list[SplitResult] = []
+    held: dict[int, SplitResult] = {}
+    running: list[tuple[Split, ...]] = []
+    for _ in range(steps):
+        while len(running) < 8 and (task := killed.take(8)):
+            running.append(task)
+        if not running:
+            break
+        (split,) = running.pop(choice.randrange(len(running)))
+        kept += killed.settle((split,), [reality.run(split)])
+        held.update({result.split: result for result in killed.held_back()})
+    for result in kept:
+        held.pop(result.split, None)
+
+    reality.ran.clear()
+    schedule = Schedule(
+        make_splits(count),
+        count,
+        [*((result, Kept.SETTLED) for result in kept), *((result, Kept.HELD) for result in held.values())],
+    )
+    settled = [*schedule.settle_held(), *drive(schedule, reality, random.Random(seed), lose=0.2)]
+
+    assert sorted(result.split for result in kept + settled) == list(range(count))
+    assert schedule.is_done
+    assert schedule.tally.accounts == Accounts(read=len(starts), written=len(starts))
+    right = {index for index, result in held.items() if result.ranges[0].first == reality.next_record(index * STEP)}
+    assert right.isdisjoint(reality.ran)
+
+
+def test_a_split_whose_piece_was_lost_costs_no_number_of_the_records_behind_it():
+    reality = World([0, 12, 15, 23, 34], 40, set())
+    results = [reality.run(split) for split in make_splits(4)]
+    first, lost, third, fourth = (result for result in results if isinstance(result, SplitResult))
+    failed = Failure("a.csv", "v", 30, 0, 34, "stage", "ValueError", "")
+    fourth = replace(fourth, failures=(failed,))
+    journaled = [(first, Kept.SETTLED), (lost, Kept.LOST), (third, Kept.SETTLED)]
+
+    schedule = Schedule(make_splits(4), 4, journaled)
+    (again,), (last,) = schedule.take(1), schedule.take(1)
+    settled = [*schedule.settle((last,), [fourth]), *schedule.settle((again,), [replace(lost, failures=(failed,))])]
+
+    assert [(result.split, result.failures[0].record) for result in settled] == [(3, 4), (1, 1)]
+    assert schedule.is_done
 
 
 def test_an_error_counts_only_when_the_split_is_proved_to_begin_at_a_record():
