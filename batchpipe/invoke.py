@@ -81,11 +81,20 @@ class FailureLimit:
 
     allowed: int | None
     found: int = 0
+    allowed_slow: int | None = None
+    """How many of them may be such that took further attempts, or a server's life."""
+    slow: int = 0
 
     @property
     def is_spent(self) -> bool:
         """Whether more records failed than are allowed, so that finding further ones is of no use."""
-        return self.allowed is not None and self.found > self.allowed
+        limits = ((self.found, self.allowed), (self.slow, self.allowed_slow))
+        return any(allowed is not None and found > allowed for found, allowed in limits)
+
+    def add(self, why: InvocationFailed) -> None:
+        """Count a record that a stage failed for."""
+        self.found += 1
+        self.slow += why.remedy in (Remedy.RETRY, Remedy.DIED)
 
 
 class Invoker:
@@ -149,7 +158,7 @@ class Invoker:
             if why.reason == WRONG_COUNT and len(outcome.places) == len(records) and not search.is_halving:
                 await self._count_again(records, search, why)
             return outcome
-        search.limit.found += 1
+        search.limit.add(why)
         search.stats[self.stage.name] += StageStats(failed=1)
         await self._doubt(why, weight=1)
         return Outcome(None, NONE, (FailedRecord(0, self.stage.name, why, tries.attempts),))

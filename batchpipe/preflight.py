@@ -10,10 +10,10 @@ from batchpipe.failures import first_failed, is_beyond_records, too_many_failed
 from batchpipe.fingerprint import make_fingerprint
 from batchpipe.job import Job, supported_or_raise
 from batchpipe.jobfile import fill_run_id
-from batchpipe.manifest import SplitResult
 from batchpipe.numbering import line_of
 from batchpipe.orders import HIDDEN, TRIAL, Orders, Place, Schemas
 from batchpipe.plan import Plan, list_inputs, make_plan
+from batchpipe.probe import Unproved, probe
 from batchpipe.processes import open_host
 from batchpipe.redact import clean_uri
 from batchpipe.run import PROBED_AT_ONCE
@@ -22,7 +22,6 @@ from batchpipe.schedule import Tally
 from batchpipe.split import isolated
 from batchpipe.storage import join, open_store
 from batchpipe.summary import count
-from batchpipe.transform import probe
 from batchpipe.worker_chain import close_worker_chain
 
 NO_CONDITIONAL_PUT = ", but the store overwrites when told not to: two runs at once are not kept apart there"
@@ -58,16 +57,17 @@ def check_job(job: Job) -> Iterator[str]:
         finally:
             close_worker_chain(place.run_id)
             store.remove_folder(RunFolder(job.output.uri, place.run_id).uri)
-        if isinstance(found, SplitResult):
+        if isinstance(found, Unproved):
             raise _failed(job, found, plan.count)
         yield f"stages    {', '.join(stage.name for stage in job.stages)}: opened, one mini-batch went through"
         if found.output is not None:
             yield "columns   " + ", ".join(f"{field.name}: {field.type}" for field in found.output)
 
 
-def _failed(job: Job, found: SplitResult, splits: int) -> RecordsFailedError:
-    line = line_of(found.failures[0], job.input)
-    if not is_beyond_records(job.on_error, found.accounts.quarantined):
-        return first_failed(job, found.failures[0], line)
-    tally = Tally(splits=splits, accounts=found.accounts, failures=list(found.failures))
+def _failed(job: Job, found: Unproved, splits: int) -> RecordsFailedError:
+    accounts, failures = found.result.accounts, found.result.failures
+    line = line_of(failures[0], job.input)
+    if found.is_hopeless or not is_beyond_records(job.on_error, accounts.quarantined):
+        return first_failed(job, failures[0], line)
+    tally = Tally(splits=splits, accounts=accounts, failures=list(failures))
     return too_many_failed(job, tally, line=line)

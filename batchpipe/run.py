@@ -32,13 +32,14 @@ from batchpipe.numbering import line_of, number_failures
 from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.output import Output
 from batchpipe.plan import Inputs, Plan
+from batchpipe.probe import Unproved, open_stages, probe, prove_nothing
 from batchpipe.processes import Host
 from batchpipe.redact import clean_uri
 from batchpipe.redrive import Redriven, RedrivePlan
 from batchpipe.schedule import OnProgress, Progress, Schedule, Tally
 from batchpipe.split import isolated
 from batchpipe.stopwatch import Stopwatch
-from batchpipe.transform import open_stages, probe, prove_nothing, run_splits
+from batchpipe.transform import run_splits
 from batchpipe.workers import open_workers
 
 if TYPE_CHECKING:
@@ -152,8 +153,8 @@ class Run:
         while not is_proved and (probed := tuple(islice(splits, PROBED_AT_ONCE))):
             is_all = probed[-1].index + 1 == self.plan.count
             found = pool.call(probe, probed, orders, is_all, on_lost=isolated, on_tick=tick)
-            if isinstance(found, SplitResult):
-                raise self._hopeless(found, pool)
+            if isinstance(found, Unproved):
+                raise self._unproved(found, pool)
             is_proved = found.is_proved
             orders = orders if output.schemas else replace(orders, schemas=found)
         if output.schemas:
@@ -200,16 +201,17 @@ class Run:
         self._watch.check((self.schedule.tally.settled, *gauge.values()), pool.stacks)
         self.show(step, gauge)
 
-    def _hopeless(self, result: SplitResult, pool: "Pool") -> BatchpipeError:
+    def _unproved(self, found: Unproved, pool: "Pool") -> BatchpipeError:
         """What ends a run whose first mini-batch had no answer, or lost more records than the run may."""
-        first, quarantine = result.failures[0], self.output.folder / "quarantine"
+        result, quarantine = found.result, self.output.folder / "quarantine"
+        first = result.failures[0]
         line = pool.call(line_of, first, self.job.input)
         if self.schedule.has_settled(result.split):  # in an earlier start, whose quarantine stays as it is
             return first_failed(self.job, first, line)
         self.output.keep_quarantine(result)
         with contextlib.suppress(BatchpipeError):  # the first failure is what matters
             self._number(pool, result)
-        if not is_beyond_records(self.job.on_error, result.accounts.quarantined):
+        if found.is_hopeless or not is_beyond_records(self.job.on_error, result.accounts.quarantined):
             return first_failed(self.job, first, line, quarantine)
         self.schedule.tally.accounts, self.schedule.tally.failures = result.accounts, list(result.failures)
         return self._too_many_failed(line)

@@ -1,36 +1,30 @@
 """What a worker does with one split: open it, send its mini-batches through the chain, write one pending piece.
 
-Also `run_chain`, the same chain without Dask or files, and the probe that proves the chain on the first mini-batch.
+Also `run_chain`, the same chain without Dask or files. What comes before a run's first split is in `probe`.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from batchpipe import __version__
 from batchpipe.batch import NO_ORIGINS, MiniBatch, Origins, Records
 from batchpipe.chain import Chain, StageRefused, new_stats, open_chain
-from batchpipe.convert import CastError, InputSchema, output_schema
-from batchpipe.errors import BatchpipeError, JobError, PoolError, RecordsFailedError, StageStartError
-from batchpipe.formats import FORMATS
+from batchpipe.convert import CastError
+from batchpipe.errors import BatchpipeError, PoolError, RecordsFailedError
 from batchpipe.invoke import FailureLimit, Outcome
 from batchpipe.job import Job
-from batchpipe.manifest import Failure, SplitFailed, SplitResult
-from batchpipe.orders import Orders, Schemas
-from batchpipe.parts import Piece, add_source, as_columns, open_piece
+from batchpipe.manifest import SplitFailed, SplitResult
+from batchpipe.orders import Orders
+from batchpipe.parts import Piece, open_piece
 from batchpipe.quarantine import open_quarantine
 from batchpipe.redact import secrets_of
 from batchpipe.source import Source
-from batchpipe.specs.arrow_types import arrow_type
-from batchpipe.split import InputObject, Split
+from batchpipe.split import Split
 from batchpipe.stages import StageContext
-from batchpipe.storage import ObjectFile, open_store
 from batchpipe.worker_chain import open_worker_chain
 
 REDRIVEN_COLUMNS = (
@@ -40,9 +34,7 @@ REDRIVEN_COLUMNS = (
 
 def run_splits(splits: tuple[Split, ...], orders: Orders) -> list[SplitResult | SplitFailed]:
     """Run consecutive splits on this worker's chain; stops at the first that fails or stops itself."""
-    _same_version_or_raise(orders)
-    chain = _open_chain(splits, orders)
-    chain.follow(orders.schemas.advice)
+    chain = chain_of(splits, orders)
     if orders.schemas.is_proved:
         chain.note_that_stages_fit()
     outcomes: list[SplitResult | SplitFailed] = []
@@ -58,8 +50,17 @@ def run_splits(splits: tuple[Split, ...], orders: Orders) -> list[SplitResult | 
     return outcomes
 
 
-def _open_chain(splits: tuple[Split, ...], orders: Orders) -> Chain:
-    return open_worker_chain(orders.job, orders.place.run_id, isolated=any(split.isolated for split in splits))
+def chain_of(splits: tuple[Split, ...], orders: Orders) -> Chain:
+    """This worker's chain for some splits, making requests as the run's first server advised, if that is known.
+
+    Raises PoolError where the driver runs another version, and what opening a stage raises (2, 4).
+    """
+    if orders.version != __version__:
+        msg = f"a worker runs batchpipe {__version__}, the driver {orders.version}"
+        raise PoolError(msg, next=f"install batchpipe {orders.version} where the workers run")
+    chain = open_worker_chain(orders.job, orders.place.run_id, isolated=any(split.isolated for split in splits))
+    chain.follow(orders.schemas.advice)
+    return chain
 
 
 def run_split(chain: Chain, split: Split, orders: Orders) -> SplitResult:
@@ -74,7 +75,7 @@ def run_split(chain: Chain, split: Split, orders: Orders) -> SplitResult:
         open_piece(orders.place, split, schemas.output, keeps_empty=not schemas.is_proved) as piece,
         open_quarantine(orders.place, split) as quarantine,
         Source(split, orders, quarantine, limit) as source,
-        _naming_what_was_sent(source, split),
+        naming_what_was_sent(source, split),
     ):
         batches = source.batches(as_tables=chain.takes_tables, with_header=chain.takes_header)
         for sent, outcome in chain.stream(batches, limit, stats):
@@ -100,7 +101,8 @@ def run_split(chain: Chain, split: Split, orders: Orders) -> SplitResult:
 
 
 @contextmanager
-def _naming_what_was_sent(source: Source, split: Split) -> Iterator[None]:
+def naming_what_was_sent(source: Source, split: Split) -> Iterator[None]:
+    """Make of a refusal by a stage an error that names the records (5)."""
     try:
         yield
     except StageRefused as refused:
@@ -128,97 +130,6 @@ def _write(piece: Piece, outcome: Outcome, sent: MiniBatch, source: Source, spli
         raise RecordsFailedError(msg, where=where) from error
 
 
-FIRST_RECORDS = 16
-"""So many of the first records must have failed, all of them, before a stage counts as one that answers nothing."""
-MOST_FIRST_RECORDS = 1_000
-"""Where more fail one after the other, the rest of the first mini-batch is not even tried."""
-
-
-def probe(splits: tuple[Split, ...], orders: Orders, is_all: bool, is_strict: bool = False) -> Schemas | SplitResult:
-    """Send mini-batches of these splits through the chain until a record is answered: what the columns are.
-
-    Not proved where these splits hold no record, or all are dropped. The result of a split that stopped where more
-    records failed than may, or where none of the first ones is answered; `is_all` says that no others will be tried,
-    `is_strict` that more failures than may be count where a record is answered, too.
-    Raises what reading and opening the chain raise; no part is written.
-    """
-    _same_version_or_raise(orders)
-    job = orders.job
-    found = orders.schemas.input or infer_input(splits, job)
-    chain = _open_chain(splits, orders)
-    chain.follow(orders.schemas.advice)  # of an earlier start, where there was one
-    schemas = Schemas(found, advice=orders.schemas.advice or chain.advice())
-    orders = replace(orders, schemas=schemas)
-    limit = job.on_error.max_failed_records
-    allowed = MOST_FIRST_RECORDS if limit is None else min(limit, MOST_FIRST_RECORDS)
-    failed, dropped, first = 0, 0, list[Failure]()
-    for split in splits:
-        # Apart: rows that cannot be parsed must not keep the stages from showing that they answer the others.
-        unread, unanswered = FailureLimit(limit), FailureLimit(allowed)
-        with (
-            open_quarantine(orders.place, split) as quarantine,
-            Source(split, orders, quarantine, unread) as source,
-            _naming_what_was_sent(source, split),
-        ):
-            for batch in source.batches(as_tables=chain.takes_tables, with_header=chain.takes_header):
-                # One at a time: most often the first one tells, and a second one would be worked on for nothing.
-                for sent, outcome in chain.stream([batch], unanswered, new_stats()):
-                    is_beyond = limit is not None and max(unread.found, unanswered.found) > limit
-                    if len(outcome.places) and not (is_strict and is_beyond):
-                        return replace(schemas, output=_output_schema(job, outcome, sent, split), is_proved=True)
-                    source.settle(sent, outcome)
-                    dropped += len(outcome.dropped)
-                if unanswered.is_spent or (failed + quarantine.count >= FIRST_RECORDS and not dropped):
-                    break
-            failed += quarantine.count
-            first += quarantine.first
-            is_last = is_all and split is splits[-1] and failed > 0
-            if unread.is_spent or unanswered.is_spent or ((failed >= FIRST_RECORDS or is_last) and not dropped):
-                return SplitResult(
-                    split.index, source.results(), None, *quarantine.finish(), failures=tuple(first), stopped=True
-                )
-    return schemas
-
-
-def open_stages(orders: Orders) -> Mapping[str, Mapping[str, Any]]:
-    """Open the stages, for a redrive, which knows its columns: what they advise."""
-    _same_version_or_raise(orders)
-    return _open_chain((), orders).advice()
-
-
-def prove_nothing(orders: Orders) -> Schemas:
-    """The columns of an output without a record: those stated, else those that callables answer to no records."""
-    job, found = orders.job, orders.schemas.input
-    stated = job.output.columns or {}
-    answer: Records | None = None
-    if stated and all(stated.values()):
-        answer = pa.table({name: pa.array([], arrow_type(str(kind))) for name, kind in stated.items()})
-    elif found is not None and not any(stage.is_http for stage in job.stages):
-        answer = open_worker_chain(job, orders.place.run_id).answer_to_none(found.schema.empty_table())
-    if job.output.format == "raw" or not isinstance(answer, pa.Table) or not answer.num_columns:
-        return orders.schemas
-    if job.output.add_source:
-        answer = answer.append_column("_object", pa.array([], pa.string())).append_column(
-            "_record", pa.array([], pa.int64())
-        )
-    return replace(orders.schemas, output=answer.schema)
-
-
-def infer_input(splits: Iterable[Split], job: Job) -> InputSchema | None:
-    """The columns of the dataset by its first objects; None for a format without columns."""
-    spec = job.input
-
-    def samples() -> Iterator[tuple[InputObject, ObjectFile]]:
-        for one in (found.object for split in splits for found in split.ranges if found.is_first):
-            if one.size:
-                with open_store(one.uri, spec.storage_options).open(
-                    one.uri, size=one.size, version=one.version
-                ) as file:
-                    yield one, file
-
-    return FORMATS[spec.format].infer_schema(samples(), spec)
-
-
 def run_chain(job: Job, table: Records) -> Outcome:
     """Send records through the stages of a job, here and now, without Dask or files: for tests of stages.
 
@@ -231,25 +142,3 @@ def run_chain(job: Job, table: Records) -> Outcome:
             return next(outcome for _, outcome in chain.stream([batch], FailureLimit(None), new_stats()))
         except StageRefused as refused:
             raise RecordsFailedError(refused.why.message, where=refused.why.location) from refused.why
-
-
-def _output_schema(job: Job, outcome: Outcome, sent: MiniBatch, split: Split) -> pa.Schema | None:
-    """What every answer is cast to: as stated, the rest as the first mini-batch's answer has it."""
-    if job.output.format == "raw" or outcome.records is None:
-        return None
-    records = as_columns(outcome.records, job)
-    if not isinstance(records, pa.Table):
-        msg = f"the last stage answers bytes, which output.format {job.output.format} cannot hold"
-        raise StageStartError(msg, next="set output.format: raw, or answer records")
-    if job.output.add_source:
-        records = add_source(records, sent.origins.take(outcome.places), split)
-    try:
-        return output_schema(records.schema, job.output.columns)
-    except CastError as error:
-        raise JobError(f"output.columns: {error}", where=str(job.path)) from error
-
-
-def _same_version_or_raise(orders: Orders) -> None:
-    if orders.version != __version__:
-        msg = f"a worker runs batchpipe {__version__}, the driver {orders.version}"
-        raise PoolError(msg, next=f"install batchpipe {orders.version} where the workers run")

@@ -59,7 +59,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _open_chain(folder: Path, copy: int) -> None:
-    from batchpipe import transform  # noqa: F401 - what tasks will need, imported while nobody waits for it
+    from batchpipe import probe  # noqa: F401 - what tasks will need, imported while nobody waits for it
     from batchpipe.errors import BatchpipeError
     from batchpipe.stages.contract import callables_devices
     from batchpipe.worker_chain import be_copy, open_worker_chain

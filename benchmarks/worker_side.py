@@ -12,8 +12,9 @@ from batchpipe.chain import Chain
 from batchpipe.jobfile import load_job
 from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.plan import list_inputs, make_plan
+from batchpipe.probe import probe
 from batchpipe.split import SPLITS_AT_A_TIME, Split
-from batchpipe.transform import probe, run_split
+from batchpipe.transform import run_split
 from batchpipe.worker_chain import close_worker_chain, open_worker_chain
 
 

@@ -17,9 +17,10 @@ from batchpipe.job import Job
 from batchpipe.jobfile import load_job
 from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.plan import list_inputs, make_plan
+from batchpipe.probe import infer_input
 from batchpipe.stages import StageContext
 from batchpipe.storage import Pending, open_store
-from batchpipe.transform import infer_input, run_split
+from batchpipe.transform import run_split
 from tests.jobs import GATE, Jobs, open_jobs, until
 
 STAGES = """

@@ -24,6 +24,13 @@ def few(frame: pd.DataFrame):
     kept = (frame.n >= 90).to_numpy(bool)
     return frame[kept], kept
 """
+DEADLY = """
+import os, signal
+import pandas as pd
+
+def deadly(frame: pd.DataFrame):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.fixture
@@ -102,6 +109,32 @@ def test_first_mini_batches_of_one_record_that_fail_cost_these_records_and_not_t
 
     assert ran.code == 0, ran.err
     assert ran.manifest["accounts"] == {"read": 40, "written": 28, "quarantined": 12, "dropped": 0}
+
+
+@pytest.mark.parametrize("rows", [2, 20, 5_000])
+def test_a_stage_that_fails_for_every_record_is_said_to_do_so_though_no_record_may_fail(jobs: Jobs, rows: int):
+    jobs.write("in/a.csv", csv_rows(rows))
+
+    ran, checked = (jobs.run(verb, jobs.job(picky(10_000))) for verb in ("run", "check"))
+
+    for told in (ran, checked):
+        assert told.code == 5
+        assert "stage 'picky' failed for the first records, and none is answered: AssertionError: too small" in told.err
+        assert "where: in/a.csv, line 2, byte 7" in told.err
+        assert "next:  mend it and try one mini-batch: batchpipe check job.yaml" in told.err
+    (quarantine,) = jobs.hidden("*/quarantine/*.jsonl")
+    assert len(quarantine.read_text().splitlines()) == min(rows, 16)
+
+
+def test_records_that_take_long_to_fail_are_not_gathered_beyond_the_budget(jobs: Jobs):
+    jobs.write("stages.py", ECHO + DEADLY)
+    jobs.write("in/a.csv", csv_rows(100))
+    job = jobs.job("stages:deadly", on_error={"max_failed_records": 1})
+
+    ran = jobs.run("run", job)
+
+    assert ran.code == 5
+    assert "stage 'deadly' failed for 2 records, 1 allowed: Killed: " in ran.err
 
 
 def test_a_small_dataset_without_one_answer_ends_the_run_with_5_whatever_the_budget(jobs: Jobs):
