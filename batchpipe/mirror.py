@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from batchpipe import gauge
 from batchpipe.orders import Place
 from batchpipe.storage import open_store
 
@@ -36,4 +37,5 @@ def assemble(assembly: Assembly, place: Place) -> dict[str, Any]:
             with store.open(uri, size=found.size, version=found.version) as file:
                 while chunk := file.read(CHUNK_BYTES):
                     sink.write(chunk)
+                    gauge.show("moved", len(chunk))
         return sink.finish().to_json()

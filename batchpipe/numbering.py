@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from batchpipe import gauge
 from batchpipe.batch import Int64s
 from batchpipe.errors import InputError
 from batchpipe.formats.lines import open_text
@@ -114,6 +115,7 @@ def _count(found: InputObject, offsets: Int64s, spec: InputSpec) -> Iterator[int
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
             inside = offsets[done : np.searchsorted(offsets, position + len(chunk))] - position
             yield from (line + np.searchsorted(ends, inside)).tolist()
+            gauge.show("moved", len(chunk))
             position, line, done = position + len(chunk), line + len(ends), done + len(inside)
 
 

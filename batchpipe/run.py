@@ -18,6 +18,7 @@ from batchpipe.job import Job
 from batchpipe.journal import FLUSH_S
 from batchpipe.manifest import (
     SCHEMA_VERSION,
+    Failure,
     Generation,
     Input,
     LongTable,
@@ -168,8 +169,8 @@ class Run:
         """Join the pieces of every object that was cut."""
         self.output.journal.flush()  # which pieces count: they are visible to workers from here on
         waiting = self.output.assemblies(self.plan.inputs, self.place)
-        flush = self.output.journal.flush_if_due
-        joined = pool.stream(assemble, lambda _: next(waiting, None), self.place, on_tick=flush)
+        tick = partial(self._tick, pool, "transform")
+        joined = pool.stream(assemble, lambda _: next(waiting, None), self.place, on_tick=tick)
         with contextlib.closing(joined):
             for assembly, piece in joined:
                 self.output.assembled_as(assembly, piece)
@@ -179,10 +180,9 @@ class Run:
         if not self.schedule.tally.accounts.quarantined and not stopped:
             return
         waiting = self.output.numberings(self.plan.inputs, stopped)
-        flush = self.output.journal.flush_if_due
-        with contextlib.closing(
-            pool.stream(number_failures, lambda _: next(waiting, None), self.place, on_tick=flush)
-        ) as numbered:
+        tick = partial(self._tick, pool, "transform")
+        numbered = pool.stream(number_failures, lambda _: next(waiting, None), self.place, on_tick=tick)
+        with contextlib.closing(numbered):
             for _ in numbered:
                 pass
 
@@ -205,7 +205,7 @@ class Run:
         """What ends a run whose first mini-batch had no answer, or lost more records than the run may."""
         result, quarantine = found.result, self.output.folder / "quarantine"
         first = result.failures[0]
-        line = pool.call(line_of, first, self.job.input)
+        line = self._line_of(first, pool)
         if self.schedule.has_settled(result.split):  # in an earlier start, whose quarantine stays as it is
             return first_failed(self.job, first, line)
         self.output.keep_quarantine(result)
@@ -230,8 +230,13 @@ class Run:
         with contextlib.suppress(BatchpipeError):  # the budget is what matters
             self._number(pool, stopped)
         tally = self.schedule.tally
-        line = pool.call(line_of, tally.failures[0], self.job.input)
-        return self._too_many_failed(line)
+        return self._too_many_failed(self._line_of(tally.failures[0], pool))
+
+    def _line_of(self, failure: Failure, pool: "Pool") -> int | None:
+        """The line for an error's text; None where that cannot be found out, and the failure is what matters."""
+        with contextlib.suppress(BatchpipeError):
+            return pool.call(line_of, failure, self.job.input, on_tick=partial(self._tick, pool, "transform"))
+        return None
 
     def _too_many_failed(self, line: int | None) -> BatchpipeError:
         quarantine = self.output.folder / "quarantine"

@@ -1,7 +1,6 @@
 """The reading side of a split: its records as mini-batches, and the account of what became of each (G1)."""
 
 import codecs
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -11,6 +10,7 @@ from typing import Self
 
 import numpy as np
 
+from batchpipe import gauge
 from batchpipe.batch import ByteRecords, MiniBatch, Origins, iter_batches
 from batchpipe.convert import BadRecord
 from batchpipe.formats import FORMATS, RangeReader, misfit_error
@@ -27,14 +27,6 @@ from batchpipe.storage import ObjectFile, open_store
 MAX_MESSAGE_CHARACTERS = 2_000
 OPENED_AHEAD = 8
 """Small objects of a split that are asked for before they are read: of a thousand, each would be waited for."""
-
-_gauge = {"records": 0, "bytes": 0}
-_moving = threading.Lock()
-
-
-def read_gauge() -> dict[str, int]:
-    """Records and bytes of the splits that this worker is at work on: moves inside a split."""
-    return dict(_gauge)
 
 
 @dataclass(slots=True)
@@ -140,8 +132,8 @@ class Source:
 
     def __exit__(self, *_: object) -> None:
         # What was shown of a split at work is in the driver's tally from here on.
-        for name in _gauge:
-            self._show(name, -self._shown[name])
+        for name, shown in self._shown.items():
+            gauge.show(name, -shown)
 
     def _blocks(self) -> Iterator[MiniBatch]:
         with closing(self._files()) as files:
@@ -249,9 +241,8 @@ class Source:
             setattr(counts, what, getattr(counts, what) + int(counted[number]))
 
     def _show(self, name: str, more: int) -> None:
-        with _moving:
-            _gauge[name] += more
-            self._shown[name] += more
+        gauge.show(name, more)
+        self._shown[name] += more
 
 
 def _origins_at(places: list[tuple[int, int]]) -> Origins:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from batchpipe.errors import PoolError
+from batchpipe.gauge import read_gauge
 from batchpipe.job import Job
 from batchpipe.processes import Host, WorkerProcesses, available_cores
 from batchpipe.redact import mask, secrets_at_work
-from batchpipe.source import read_gauge
 from batchpipe.worker_chain import close_worker_chain, keep_under_logs, renew_lease
 
 if TYPE_CHECKING:

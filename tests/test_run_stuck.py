@@ -8,7 +8,8 @@ import pytest
 from tests.jobs import ECHO, Jobs, csv_rows, open_jobs
 
 STAGES = """
-import ctypes, time
+import ctypes, os, time
+from pathlib import Path
 import pandas as pd
 
 def sleeps(frame: pd.DataFrame):
@@ -16,6 +17,18 @@ def sleeps(frame: pd.DataFrame):
 
 def keeps_the_interpreter(frame: pd.DataFrame):
     ctypes.PyDLL(None).sleep(600)
+
+def clogs(frame: pd.DataFrame):
+    # It fails for a record, and the second time, which is the run itself, it leaves a pipe in the place of the input.
+    if (frame.n == 5).any():
+        raise ValueError("five")
+    if frame.n.max() == 19:
+        tried, object_ = Path(__file__).with_name("tried"), Path(__file__).with_name("in") / "a.csv"
+        if tried.exists():
+            object_.unlink()
+            os.mkfifo(object_)
+        tried.touch()
+    return frame
 """
 
 
@@ -42,4 +55,13 @@ def test_stuck_run_ends_with_6_and_shows_the_stacks_of_its_workers(jobs: Jobs, f
     assert f"error: {text}\n  log:   worker-0\n" in ran.err
     assert f"in {function}\n" in ran.err
     assert "next:  the same command resumes it" in ran.err
+    assert jobs.is_released()
+
+
+def test_a_run_that_is_stuck_behind_its_splits_ends_with_6_too(jobs: Jobs):
+    """The lines of failed records are counted at the end: here in a pipe that nobody writes to."""
+    ran = jobs.run("run", jobs.job("stages:clogs", on_error={"max_failed_records": 1, "no_progress_timeout_s": 4.0}))
+
+    assert ran.code == 6, ran.err
+    assert "error: nothing moved for on_error.no_progress_timeout_s: 4 s\n" in ran.err
     assert jobs.is_released()
