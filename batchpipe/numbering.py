@@ -7,7 +7,7 @@ gives the same files; a run without failed records has no such task.
 
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -69,17 +69,17 @@ def number_failures(numbering: Numbering, place: Place) -> int:
     return count
 
 
-def line_of(failure: Failure, spec: InputSpec) -> int | None:
-    """The line of its object on which a failed record begins, from 1: by reading the object up to there.
+def object_of(failure: Failure, inputs: Iterable[InputObject]) -> InputObject | None:
+    """The input object that a failed record is of: with its address in full, which a failure does not say."""
+    return next((one for one in inputs if (clean_uri(one.uri), one.version) == (failure.object, failure.version)), None)
+
+
+def line_of(found: InputObject, offset: int, spec: InputSpec) -> int | None:
+    """The line of its object on which a record begins, from 1: by reading the object up to there.
 
     None where lines say nothing (Parquet, whole objects), lie too far to count, or cannot be read any more.
     """
-    try:
-        found = open_store(failure.object, spec.storage_options).stat(failure.object)
-    except InputError:
-        return None
-    one = InputObject(0, found.uri, found.size, failure.version)
-    return _Lines.of(one, np.array([failure.offset], np.int64), spec).at(failure.offset)
+    return _Lines.of(found, np.array([offset], np.int64), spec).at(offset)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ from batchpipe.failures import first_failed, is_beyond_records, too_many_failed
 from batchpipe.fingerprint import make_fingerprint
 from batchpipe.job import Job, supported_or_raise
 from batchpipe.jobfile import fill_run_id
-from batchpipe.numbering import line_of
+from batchpipe.numbering import line_of, object_of
 from batchpipe.orders import HIDDEN, TRIAL, Orders, Place, Schemas
 from batchpipe.plan import Plan, list_inputs, make_plan
 from batchpipe.probe import Unproved, probe
@@ -58,16 +58,17 @@ def check_job(job: Job) -> Iterator[str]:
             close_worker_chain(place.run_id)
             store.remove_folder(RunFolder(job.output.uri, place.run_id).uri)
         if isinstance(found, Unproved):
-            raise _failed(job, found, plan.count)
+            raise _failed(job, found, plan)
         yield f"stages    {', '.join(stage.name for stage in job.stages)}: opened, one mini-batch went through"
         if found.output is not None:
             yield "columns   " + ", ".join(f"{field.name}: {field.type}" for field in found.output)
 
 
-def _failed(job: Job, found: Unproved, splits: int) -> RecordsFailedError:
+def _failed(job: Job, found: Unproved, plan: Plan) -> RecordsFailedError:
     accounts, failures = found.result.accounts, found.result.failures
-    line = line_of(failures[0], job.input)
+    lies_in = object_of(failures[0], plan.inputs)
+    line = line_of(lies_in, failures[0].offset, job.input) if lies_in else None
     if found.is_hopeless or not is_beyond_records(job.on_error, accounts.quarantined):
         return first_failed(job, failures[0], line)
-    tally = Tally(splits=splits, accounts=accounts, failures=list(failures))
+    tally = Tally(splits=plan.count, accounts=accounts, failures=list(failures))
     return too_many_failed(job, tally, line=line)

@@ -29,7 +29,7 @@ from batchpipe.manifest import (
     StageStats,
 )
 from batchpipe.mirror import assemble
-from batchpipe.numbering import line_of, number_failures
+from batchpipe.numbering import line_of, number_failures, object_of
 from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.output import Output
 from batchpipe.plan import Inputs, Plan
@@ -234,8 +234,9 @@ class Run:
 
     def _line_of(self, failure: Failure, pool: "Pool") -> int | None:
         """The line for an error's text; None where that cannot be found out, and the failure is what matters."""
+        found, tick = object_of(failure, self.plan.inputs), partial(self._tick, pool, "transform")
         with contextlib.suppress(BatchpipeError):
-            return pool.call(line_of, failure, self.job.input, on_tick=partial(self._tick, pool, "transform"))
+            return pool.call(line_of, found, failure.offset, self.job.input, on_tick=tick) if found else None
         return None
 
     def _too_many_failed(self, line: int | None) -> BatchpipeError:

@@ -11,7 +11,10 @@ import pandas as pd
 import pytest
 
 from batchpipe.batch import ByteRecords, MiniBatch, Origins
+from batchpipe.manifest import Failure
+from batchpipe.numbering import object_of
 from batchpipe.quarantine import MAX_PAYLOAD_CHARACTERS, record_text
+from batchpipe.split import InputObject
 from tests.jobs import ECHO, GATE, Jobs, csv_rows, open_jobs, until
 from tests.s3_server import S3Server
 
@@ -184,6 +187,16 @@ def test_a_record_that_is_answered_in_the_end_is_not_in_quarantine_any_more(jobs
     assert (refused.code, kept) == (5, [("a.csv", 57, 59)]), refused.err
     assert (done.code, done.manifest["accounts"]["written"]) == (0, 100), done.err
     assert jobs.hidden("*/quarantine/*") + jobs.hidden("*/logs/tracebacks/*") == []
+
+
+def test_an_object_whose_address_holds_a_secret_is_found_by_what_a_failure_says_of_it():
+    signed, other = (
+        InputObject(place, f"https://me:pw@h/a.csv?sig={place}", 10, version) for place, version in enumerate("vw")
+    )
+    failure = Failure("https://h/a.csv", "w", 0, 0, 4, "stage", "ValueError", "")
+
+    assert object_of(failure, [signed, other]) is other
+    assert object_of(failure, [signed]) is None
 
 
 def test_the_quarantine_of_an_s3_output_is_numbered(jobs: Jobs, s3_server: S3Server, bucket: str):
