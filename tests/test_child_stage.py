@@ -12,7 +12,7 @@ import pytest
 
 from batchpipe.batch import MiniBatch, Origins, Records
 from batchpipe.chain import Chain, StageRefused, new_stats, open_chain
-from batchpipe.errors import PoolError
+from batchpipe.errors import PoolError, StageStartError
 from batchpipe.invoke import FailureLimit, Outcome
 from batchpipe.redact import secrets_of
 from batchpipe.stages import StageContext
@@ -76,6 +76,14 @@ def calling(frame: pd.DataFrame):
 
 class Counted:
     pass
+
+class StillBorn:
+    def __init__(self):
+        if "PYTHONFAULTHANDLER" in os.environ:
+            print("my key is hunter2hunter2", flush=True)
+            os._exit(1)
+    def __call__(self, frame: pd.DataFrame):
+        return frame
 
 def counted(frame: pd.DataFrame):
     return frame.assign(held=[Counted() for _ in frame.n])
@@ -238,3 +246,11 @@ def test_stage_that_answers_other_records_when_asked_again_is_told(open_children
 
     why = "stage 'odd_once', asked again for what was lost with its process, answers other records than before"
     assert refused.value.why.message == why
+
+
+def test_process_that_does_not_start_shows_its_log_without_secrets(open_children: Open):
+    with pytest.raises(StageStartError) as error:
+        send(open_children("StillBorn", storage_options={"s3": {"secret": "hunter2hunter2"}}), numbers())
+
+    assert error.value.message == "stage 'StillBorn' did not start in a process of its own, as it did in its worker"
+    assert error.value.log == "my key is ***\n(last 1 of 1 lines)"

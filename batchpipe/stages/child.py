@@ -26,11 +26,12 @@ import numpy as np
 
 from batchpipe.batch import Records
 from batchpipe.errors import StageStartError
+from batchpipe.redact import secrets_at_work
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 from batchpipe.stages.callable import CallableStage
 from batchpipe.stages.child_process import Birth, Call, socket_path
 from batchpipe.stages.kept import KeptRecords, Made, Rows
-from batchpipe.stages.logs import crash_in
+from batchpipe.stages.logs import crash_in, tail
 from batchpipe.stages.watcher import Watcher, WatcherLostError
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class Child:
         command = [sys.executable, "-P", "-m", "batchpipe.stages.child_process", str(self._folder)]
         environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
         self._process = watcher.start(command, env=environment, cwd=Path.cwd(), log=self._log)
-        self._connection = self._connect(" and ".join(repr(stage.name) for stage in birth.stages), closed)
+        self._connection = self._connect(birth, closed)
         self.keeps: WeakSet[Made] = WeakSet()
         """Frames that are there and are still of use. It lets go of the others with the next call."""
 
@@ -207,8 +208,9 @@ class Child:
             return code
         return None
 
-    def _connect(self, names: str, closed: threading.Event) -> "Connection[Call, Answer | InvocationFailed]":
+    def _connect(self, birth: Birth, closed: threading.Event) -> "Connection[Call, Answer | InvocationFailed]":
         """It listens once the callables are constructed."""
+        names = " and ".join(repr(stage.name) for stage in birth.stages)
         deadline = time.monotonic() + START_TIMEOUT_S
         with socket_path(self._folder) as path:
             while self._process.poll() is None and time.monotonic() < deadline and not closed.is_set():
@@ -216,9 +218,8 @@ class Child:
                     return Client(path, "AF_UNIX")
                 time.sleep(0.01)
         self.kill()
-        log = self._log.read_text(errors="replace")
         raise StageStartError(
             f"stage {names} did not start in a process of its own, as it did in its worker",
-            log=log,
+            log=tail(self._log.read_text(errors="replace"), secrets_at_work(birth.job), ""),
             next="see its log: is there memory for a second one? the same command then resumes the run",
         )
