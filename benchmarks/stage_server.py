@@ -4,6 +4,7 @@ Every line of a request is answered by one line, after so many seconds. It print
 """
 
 import asyncio
+import selectors
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,5 +62,12 @@ async def _serve(delay_s: float) -> None:
     await server.serve_forever()
 
 
+def _to_the_microsecond() -> asyncio.AbstractEventLoop:
+    """A loop whose timers end when they are due: epoll takes milliseconds, and adds half of one to each delay."""
+    return asyncio.SelectorEventLoop(selectors.SelectSelector())
+
+
 if __name__ == "__main__":
-    asyncio.run(_serve(float(sys.argv[1])))
+    delay_s = float(sys.argv[1])
+    with asyncio.Runner(loop_factory=_to_the_microsecond if delay_s else None) as runner:
+        runner.run(_serve(delay_s))
