@@ -5,6 +5,7 @@ one record. Bytes that already are of the wanted type are joined, never parsed.
 """
 
 import json
+import re
 from datetime import date, time
 from email.message import Message
 from email.utils import collapse_rfc2231_value
@@ -23,7 +24,7 @@ JSON = "application/json"
 JSON_LINES = "application/jsonlines"
 ARROW = "application/vnd.apache.arrow.stream"
 TABULAR = frozenset({CSV, JSON, JSON_LINES, ARROW})
-UNTYPED = frozenset({"text/plain", "application/octet-stream"})
+UNTYPED = frozenset({"text/plain", "application/octet-stream", "binary/octet-stream"})
 """What `lines` and `object` are until a stage's content type names them."""
 
 _OTHER_NAMES = {
@@ -77,7 +78,7 @@ def encode(records: Records, content_type: str, *, header: bool = False, request
         return _wrap(b",".join([bytes(records[i]).strip() for i in range(len(records))]), request_key)
     if media_type == ARROW:
         return records.body()
-    if media_type == JSON_LINES and records.content_type == JSON:
+    if media_type == JSON_LINES and records.content_type != JSON_LINES and _is_json(records.content_type):
         records = _on_lines(records)
     return b"".join([records.header, _lines(records)]) if header else _lines(records)
 
@@ -137,30 +138,36 @@ def can_be_sent(records: Records, content_type: str, *, header: bool = False) ->
 
 def _fits_or_raise(records: ByteRecords, wanted: str, *, header: bool) -> None:
     have = records.content_type
-    is_general = have in UNTYPED or wanted in UNTYPED
-    if not (have == wanted or is_general or (_is_json(have) and _is_json(wanted))):
+    if not _fits(have, wanted):
         raise ContentError(f"{have} cannot be sent as {wanted} without being parsed")
-    if header and wanted == CSV and not records.header:
-        raise ContentError("a header is wanted, and the records come without one; `accept: text/csv; header=present`?")
+    if header and wanted == CSV and not records.header and not _is_document(records):
+        raise ContentError("a header is wanted, and the records come without one")
+
+
+def _fits(have: str, wanted: str) -> bool:
+    """Whether a body of the one type may be called the other: where neither is a table, whoever states it knows."""
+    if have == wanted or have in UNTYPED or wanted in UNTYPED or (_is_json(have) and _is_json(wanted)):
+        return True
+    return wanted not in TABULAR and (have not in TABULAR or wanted.startswith("text/"))
 
 
 def _is_json(media_type: str) -> bool:
-    return media_type in (JSON, JSON_LINES) or media_type.endswith("+json")
+    """Also ``application/vnd.acme+json``, ``application/x-amz-json-1.1``."""
+    return media_type == JSON_LINES or bool(re.search(r"\bjson\b", media_type))
+
+
+def _is_document(records: ByteRecords) -> bool:
+    """Whether this is one record of several lines, as a whole CSV file is, which brings its own header."""
+    return len(records) == 1 and len(_csv_ends(bytes(records[0]))) > 1
 
 
 def _on_lines(records: ByteRecords) -> ByteRecords:
-    """JSON documents on one line each, as they nearly always are; one that was printed to be read is written anew."""
+    """JSON documents on one line each, as they nearly always are: no string in them can hold a line's end as it is."""
     documents = [bytes(records[i]).strip() for i in range(len(records))]
     if not any(b"\n" in document or b"\r" in document for document in documents):
         return records
-    return ByteRecords.of([_one_line(document) for document in documents], JSON)
-
-
-def _one_line(document: bytes) -> bytes:
-    try:
-        return json.dumps(json.loads(document), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-    except (ValueError, RecursionError) as exc:
-        raise ContentError(f"not JSON, so that it cannot be put on one line: {exc}") from exc
+    flat = bytes.maketrans(b"\r\n", b"  ")
+    return ByteRecords.of([document.translate(flat) + b"\n" for document in documents], JSON)
 
 
 def _wrap(documents: bytes, request_key: str) -> bytes:

@@ -32,6 +32,11 @@ EXIT_WAIT_S = 0.5
 """How long after a broken connection the end of its server may take to be seen."""
 LONGEST_ASKED_S = 86_400.0
 """A server that asks to be left alone for longer than a day makes no sense."""
+TYPE_ADVICE = "state content_type or accept of the stages on both sides"
+HEADER_ADVICE = (
+    "leave the header out; or have the records come with one: by format: csv from the input, "
+    'by accept: "text/csv; header=present" from a stage'
+)
 _ERROR_CHARACTERS = 500
 _MASKED_BYTES = 1 << 16
 
@@ -207,10 +212,9 @@ class HttpStage:
             body = await _on_thread(partial(self.exchange.encode, records, content_type), size)
         except ContentError as exc:
             msg = f"stage {self.name!r} takes {content_type}, and what {self._sender} gives does not fit: {exc}"
-            if self.exchange.can_send(records, content_type):
+            if self.has_fitted or self.exchange.can_send(records, content_type):
                 raise InvocationFailed("CannotBeSent", mask(msg, self._secrets), Remedy.ISOLATE) from exc
-            advice = "state content_type or accept of the stages on both sides"
-            raise StageStartError(msg, next=advice) from exc
+            raise StageStartError(msg, next=HEADER_ADVICE if self.exchange.header else TYPE_ADVICE) from exc
         if len(body) > self.max_payload_bytes:
             limit = f"over the limit of {self.max_payload_bytes:,} (max_payload_mb)"
             records_text = f"{len(records):,} record{'s' if len(records) != 1 else ''}"
