@@ -23,7 +23,7 @@ from batchpipe.errors import PoolError
 from batchpipe.invoke import FailedRecord, FailureLimit, Invoker, Outcome
 from batchpipe.job import Job
 from batchpipe.manifest import StageStats
-from batchpipe.stages import InvocationFailed, OpenStage, StageContext, open_stage
+from batchpipe.stages import InvocationFailed, StageContext, open_stage
 from batchpipe.stages.callable import CallableStage
 from batchpipe.stages.child import ChildStage, SharedProcess
 from batchpipe.stages.contract import Advice
@@ -87,13 +87,11 @@ class Slots:
 class Chain:
     """The open stages of one worker and the event loop they run on. A context manager; closing it closes them."""
 
-    def __init__(
-        self, stages: Sequence[OpenStage], max_retries: Sequence[int], loop: asyncio.AbstractEventLoop
-    ) -> None:
-        self.stages = tuple(stages)
-        self._invokers = [Invoker(stage, retries) for stage, retries in zip(stages, max_retries, strict=True)]
+    def __init__(self, invokers: Sequence[Invoker], loop: asyncio.AbstractEventLoop) -> None:
+        self.stages = tuple(invoker.stage for invoker in invokers)
+        self._invokers = list(invokers)
         self._loop = loop
-        self._slots = [Slots(stage.concurrency) for stage in stages]
+        self._slots = [Slots(stage.concurrency) for stage in self.stages]
         self._ages = count()
 
     def with_children(self, job: Job, watcher: Watcher, scratch: Path) -> "Chain":
@@ -275,7 +273,8 @@ def open_chain(job: Job, context: StageContext, watcher: Watcher | None, ended: 
     for stage, following in pairwise(stages):
         if isinstance(stage, CallableStage) and isinstance(following, CallableStage):
             stage.hands_on_frames = following.takes_frames
-    return Chain(stages, [stage.invocations_max_retries for stage in job.stages], loop)
+    retries, patience_s = (spec.invocations_max_retries for spec in job.stages), job.on_error.no_progress_timeout_s
+    return Chain([Invoker(stage, each, patience_s) for stage, each in zip(stages, retries, strict=True)], loop)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

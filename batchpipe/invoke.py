@@ -1,6 +1,7 @@
 """One stage, one mini-batch: attempts with backoff, then halving until the records that fail stand alone."""
 
 import asyncio
+import math
 import random
 import time
 from collections import deque
@@ -100,9 +101,11 @@ class FailureLimit:
 class Invoker:
     """An open stage, how often it is asked again, and what was learned of it so far. Belongs to a worker's chain."""
 
-    def __init__(self, stage: OpenStage, max_retries: int) -> None:
+    def __init__(self, stage: OpenStage, max_retries: int, longest_wait_s: float = math.inf) -> None:
         self.stage = stage
         self._max_retries = max_retries
+        self._longest_wait_s = longest_wait_s
+        """What a server may ask for: beyond that the run would end while it waits, as nothing moves."""
         self._proof: Records | None = None
         """A record that the stage answered: asked again, it tells bad records from a stage that answers no more."""
         self._failed_in_row = 0
@@ -141,7 +144,7 @@ class Invoker:
                     await self._doubt(failure, weight=DEATH_WEIGHT)
                 if delay_s is None:
                     return await self._give_up(records, search, tries, failure)
-                await asyncio.sleep(delay_s)
+                await self._wait(delay_s, failure)
             else:
                 self._failed_in_row = 0
                 self._proof = _one_of(records) if self._proof is None else self._proof
@@ -257,7 +260,19 @@ class Invoker:
             except InvocationFailed as failure:
                 if (delay_s := tries.delay_s(failure)) is None:
                     raise self._broken(failure) from why
-                await asyncio.sleep(delay_s)
+                await self._wait(delay_s, failure)
+
+    async def _wait(self, delay_s: float, why: InvocationFailed) -> None:
+        """Wait for the next attempt. Raises RecordsFailedError where the run would end meanwhile."""
+        if (wanted_s := why.retry_after_s or 0.0) > self._longest_wait_s:
+            asked = f"stage {self.stage.name!r} asks to be left alone for {wanted_s:,.0f} s"
+            allowed = f"no_progress_timeout_s allows ({self._longest_wait_s:,.0f} s)"
+            raise RecordsFailedError(
+                f"{asked}, longer than {allowed}: {why}",
+                next="run the same command again after that: it resumes, and finished splits are kept; "
+                f"or wait for it in the run: --set on_error.no_progress_timeout_s={2 * wanted_s:.0f}",
+            )
+        await asyncio.sleep(delay_s)
 
     def _broken(self, failure: InvocationFailed) -> RecordsFailedError:
         message = f"stage {self.stage.name!r} fails for whatever it is sent, also for a record that it answered before"

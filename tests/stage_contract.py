@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from batchpipe.errors import StageStartError
-from batchpipe.stages import Answer, Remedy
+from batchpipe.stages import Answer, InvocationFailed, Remedy
+from batchpipe.stages.served import Served
 from tests.opened_stage import Opened, csv_records
 
 Open = Callable[..., Opened]
@@ -189,6 +190,25 @@ class StageContract:
 
         assert (failure.reason, failure.remedy) == ("ServerDied", Remedy.DIED)
         assert failure.message.startswith("no answer within 0.5 s (invocations_timeout_s), and its ping is not")
+        assert stage.csv("1") == ["1"]
+
+    def test_requests_that_time_out_together_ask_once_whether_the_server_is_stuck(
+        self, open_server: Open, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("batchpipe.stages.served.UNANSWERED_S", 0.5)
+        asked, is_stuck = list[Served](), Served.is_stuck
+
+        def ask(served: Served) -> bool:
+            asked.append(served)
+            return is_stuck(served)
+
+        monkeypatch.setattr(Served, "is_stuck", ask)
+        stage = open_server(invocations_timeout_s=0.5, max_concurrent_transforms=16, batch={"max_records": 1})
+
+        answers = stage.all_at_once(*[csv_records("!freeze")] * 16)
+
+        assert {answer.reason for answer in answers if isinstance(answer, InvocationFailed)} == {"ServerDied"}
+        assert len(asked) == 1
         assert stage.csv("1") == ["1"]
 
     def test_server_that_drops_a_connection_is_not_taken_for_gone(self, open_server: Open):

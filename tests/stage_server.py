@@ -44,7 +44,7 @@ class Stage(BaseHTTPRequestHandler):
     def answer_parameters(self) -> None:
         """Say STAGE_PARAMETERS, after STAGE_PARAMETERS_S; in the STAGE_PARAMETERS_FOLDER one server does, once asked.
 
-        STAGE_PARAMETERS_BUSY requests are answered 503 first.
+        STAGE_PARAMETERS_BUSY requests are answered STAGE_PARAMETERS_STATUS (503) first.
         """
         with lock:
             seen["parameters"] = seen.get("parameters", 0) + 1
@@ -56,7 +56,8 @@ class Stage(BaseHTTPRequestHandler):
                 self.answer(b"not found", "text/plain", 404)
                 return
         busy = seen["parameters"] <= int(os.environ.get("STAGE_PARAMETERS_BUSY", "0"))
-        self.answer(os.environ["STAGE_PARAMETERS"].encode(), "application/json", 503 if busy else 200)
+        status = int(os.environ.get("STAGE_PARAMETERS_STATUS", "503")) if busy else 200
+        self.answer(os.environ["STAGE_PARAMETERS"].encode(), "application/json", status)
 
     def drip(self) -> None:
         """Send one byte after the other of an answer that never ends."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from itertools import pairwise
+from math import inf
 
 import pyarrow as pa
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from batchpipe.batch import Records
 from batchpipe.chain import new_stats
+from batchpipe.errors import RecordsFailedError
 from batchpipe.invoke import FailureLimit, Invoker, Outcome
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 from tests.doubling import Doubling, column
@@ -34,7 +36,7 @@ class Busy(Doubling):
         return await super().invoke(records, alone=alone)
 
 
-def invoke(stage: Busy, retries: int, count: int = 4) -> tuple[Outcome, list[float]]:
+def invoke(stage: Busy, retries: int, count: int = 4, longest_wait_s: float = inf) -> tuple[Outcome, list[float]]:
     """Send some records; what became of them, and the seconds waited between attempts, by a clock that runs at once."""
     waited: list[float] = []
 
@@ -45,7 +47,8 @@ def invoke(stage: Busy, retries: int, count: int = 4) -> tuple[Outcome, list[flo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyncio, "sleep", sleep)
         records = pa.table({"n": pa.array(range(count), pa.int64())})
-        return asyncio.run(Invoker(stage, retries).invoke(records, FailureLimit(None), new_stats())), waited
+        invocation = Invoker(stage, retries, longest_wait_s).invoke(records, FailureLimit(None), new_stats())
+        return asyncio.run(invocation), waited
 
 
 @given(st.integers(1, 12))
@@ -67,6 +70,24 @@ def test_nobody_comes_again_sooner_than_the_server_asked():
     _, waited = invoke(Busy(2, retry_after_s=7.0), retries=2)
 
     assert waited == [7.0, 7.0]
+
+
+def test_a_server_that_wants_to_be_left_alone_for_longer_than_the_run_waits_ends_it_at_once():
+    with pytest.raises(RecordsFailedError) as error:
+        invoke(Busy(2, retry_after_s=101), retries=2, longest_wait_s=100)
+
+    told = "stage 'doubling' asks to be left alone for 101 s, longer than no_progress_timeout_s allows (100 s)"
+    assert error.value.message == f"{told}: HTTP 503: busy"
+    assert error.value.next == (
+        "run the same command again after that: it resumes, and finished splits are kept; "
+        "or wait for it in the run: --set on_error.no_progress_timeout_s=202"
+    )
+
+
+def test_a_record_that_is_not_tried_again_fails_whatever_its_server_asks_for():
+    outcome, waited = invoke(Busy(stuck=1, retry_after_s=3600), retries=0, longest_wait_s=100)
+
+    assert ([failed.place for failed in outcome.failed], waited) == ([1], [])
 
 
 def test_every_attempt_sends_the_same_records():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batchpipe.batch import MiniBatch, Origins, Records
 from batchpipe.chain import Chain, Slots, StageRefused, _run, new_stats
 from batchpipe.errors import PoolError
-from batchpipe.invoke import FailureLimit
+from batchpipe.invoke import FailureLimit, Invoker
 from batchpipe.orders import Orders, Place, Schemas
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 from tests.doubling import Doubling, numbers_of
@@ -27,7 +27,7 @@ def open_chain_of(*stages: Doubling) -> Iterator[Chain]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=_run, args=(loop,), daemon=True)
     thread.start()
-    with Chain(stages, [0] * len(stages), loop) as chain:
+    with Chain([Invoker(stage, 0) for stage in stages], loop) as chain:
         yield chain
     thread.join()
 

@@ -19,7 +19,7 @@ import pytest
 
 from batchpipe.batch import ByteRecords
 from batchpipe.content import ARROW, CSV, JSON, JSON_LINES
-from batchpipe.errors import RecordsFailedError, StageStartError
+from batchpipe.errors import StageStartError
 from batchpipe.specs.spec import MB
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 from batchpipe.stages.contract import Advice
@@ -48,7 +48,7 @@ def open_endpoint(url: str, tmp_path: Path) -> Iterator[Open]:
         def open_it(
             *others: dict[str, Any], headers: dict[str, str] | None = None, url: str = url, **keys: Any
         ) -> Opened:
-            blocks = {name: keys.pop(name) for name in ("batch", "input", "output", "on_error") if name in keys}
+            blocks = {name: keys.pop(name) for name in ("batch", "input", "output") if name in keys}
             stage = {"endpoint": {"url": url, "headers": headers or {}}, **keys}
             return stack.enter_context(opened(tmp_path, stage, *others, **blocks))
 
@@ -302,23 +302,6 @@ def test_secret_is_masked_before_the_answer_is_cut(open_endpoint: Open):
     stage = open_endpoint(headers={"X-Key": secret})
 
     assert stage.failure(f"!say {' ' * 1950}{secret}").message == "***"
-
-
-def test_server_that_wants_to_be_left_alone_for_longer_than_the_run_waits_ends_it_at_once(open_endpoint: Open):
-    stage = open_endpoint(on_error={"no_progress_timeout_s": 100})
-
-    assert stage.failure("!status 503 100").retry_after_s == 100
-    with pytest.raises(RecordsFailedError) as error:
-        stage.csv("!status 503 101")
-
-    assert error.value.message == (
-        "stage 'stage' asks to be left alone for 101 s, longer than no_progress_timeout_s allows (100 s): "
-        "HTTP 503: reason: 503"
-    )
-    assert error.value.next == (
-        "run the same command again after that: it resumes, and finished splits are kept; "
-        "or wait for it in the run: --set on_error.no_progress_timeout_s=202"
-    )
 
 
 def test_long_error_answer_is_cut_and_on_one_line(open_endpoint: Open):

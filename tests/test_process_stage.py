@@ -1,6 +1,7 @@
 """Process stages: the contract, and what only processes have."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 from batchpipe.errors import StageStartError
 from batchpipe.specs.spec import MB
 from batchpipe.stages import CannotStart
+from batchpipe.stages.contract import Advice
 from batchpipe.stages.ports import BLOCK, take_ports
 from batchpipe.stages.process import open_process
 from batchpipe.stages.watcher import open_watcher
@@ -78,7 +80,14 @@ def test_python_is_the_one_that_runs_batchpipe_and_finds_the_jobs_code(
     assert stage.csv("!environment PYTHONPATH") == [os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])]
 
 
-@pytest.mark.parametrize("trouble", [{"STAGE_PARAMETERS_S": "2.5"}, {"STAGE_PARAMETERS_BUSY": "2"}])
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        {"STAGE_PARAMETERS_S": "2.5"},
+        {"STAGE_PARAMETERS_BUSY": "6"},
+        {"STAGE_PARAMETERS_BUSY": "2", "STAGE_PARAMETERS_STATUS": "502"},
+    ],
+)
 def test_advice_that_comes_late_is_waited_for(open_server: Open, trouble: dict[str, str]):
     parameters = {"STAGE_PARAMETERS": '{"MaxPayloadInMB": 2, "MaxConcurrentTransforms": 1000000000}'}
 
@@ -86,6 +95,21 @@ def test_advice_that_comes_late_is_waited_for(open_server: Open, trouble: dict[s
 
     assert stage.max_payload_bytes == 2 * MB
     assert stage.concurrency == 1_000
+
+
+@pytest.mark.parametrize("status", ["404", "500"])
+def test_server_that_fails_to_say_what_it_advises_advises_nothing(open_server: Open, status: str):
+    trouble = {"STAGE_PARAMETERS": "{}", "STAGE_PARAMETERS_BUSY": "9999", "STAGE_PARAMETERS_STATUS": status}
+
+    assert open_server(environment=trouble).stage.advice == Advice()
+
+
+def test_server_that_is_asked_what_it_advises_is_not_waited_for_once_another_stage_has_failed(open_server: Open):
+    cancelled = threading.Event()
+    threading.Timer(0.5, cancelled.set).start()
+
+    with pytest.raises(StageStartError, match="was not waited for: another stage did not start"):
+        open_server(environment={"STAGE_PARAMETERS": "{}", "STAGE_PARAMETERS_S": "300"}, cancelled=cancelled)
 
 
 def test_ping_that_never_ends_is_no_answer(open_server: Open):

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 PING_TIMEOUT_S = 2.0
 LONGEST_PAUSE_S = 0.25
-ADVICE_S = 30.0
+ADVICE_S = 10.0
 """How long a server that answers its ping may take to say what it advises, before it counts as saying nothing."""
+ADVICE_ERRORS = 3
+"""Times that it may fail at it, but by saying that it is busy."""
+BUSY = frozenset({408, 429, 503})
 ADVICE_BYTES = 1 << 16
 MOST_CONCURRENT = 1_000
 """So many requests at once at most where a server advises it: each is worth memory and a connection here."""
@@ -125,7 +128,7 @@ def wait_until_ready(
     while True:
         check()
         try:
-            status, _ = _get(host, port, "/ping", each_s)
+            status, _ = _get(host, port, "/ping", max(LONGEST_PAUSE_S, min(each_s, deadline - time.monotonic())))
             last = f"HTTP {status}"
         except (OSError, http.client.HTTPException) as exc:
             status, last = 0, f"{type(exc).__name__}: {exc}"
@@ -151,17 +154,18 @@ def ask_advice(host: str, port: int, check: Callable[[], None]) -> Advice:
 
     ``check`` is called in between, and ends the asking by raising.
     """
-    deadline = time.monotonic() + ADVICE_S
-    while (left := deadline - time.monotonic()) > 0:
+    deadline, errors = time.monotonic() + ADVICE_S, 0
+    while (left := deadline - time.monotonic()) > 0 and errors < ADVICE_ERRORS:
         check()
         try:
-            status, body = _get(host, port, "/execution-parameters", left, ADVICE_BYTES)
+            status, body = _get(host, port, "/execution-parameters", left, ADVICE_BYTES, check)
         except (OSError, http.client.HTTPException):
             status, body = 0, b""
-        if status == 200:
+        if status == http.HTTPStatus.OK:
             return _advice_in(body)
-        if 0 < status < 500 or status == http.HTTPStatus.NOT_IMPLEMENTED:
+        if 0 < status < 500 and status not in BUSY:
             break
+        errors += status not in BUSY
         time.sleep(LONGEST_PAUSE_S)
     return Advice()
 
@@ -173,25 +177,46 @@ def _advice_in(body: bytes) -> Advice:
         return Advice()
 
 
-def _get(host: str, port: int, path: str, timeout_s: float, most_bytes: int = 0) -> tuple[int, bytes]:
-    """The status and the beginning of the body, within this time even where the server sends a byte now and then."""
+def _get(
+    host: str, port: int, path: str, timeout_s: float, most_bytes: int = 0, check: Callable[[], None] = lambda: None
+) -> tuple[int, bytes]:
+    """The status and the beginning of the body, within this time even where the server sends a byte now and then.
+
+    Given up too where ``check`` raises, which is called now and then meanwhile. Raises OSError, HTTPException.
+    """
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     connection.connect()
-    cut = threading.Timer(timeout_s, _shut, [connection.sock])
-    cut.daemon = True
-    cut.start()
+    assert connection.sock
+    done, cut = threading.Event(), threading.Event()
+    arguments = (connection.sock, time.monotonic() + timeout_s, check, done, cut)
+    threading.Thread(target=_cut_when_due, args=arguments, name="cut", daemon=True).start()
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
         body = answer.read(most_bytes)
-        if cut.finished.is_set():
+        if cut.is_set():
             raise TimeoutError(f"no complete answer within {timeout_s:g} s")
         return answer.status, body
     finally:
-        cut.cancel()
+        done.set()
         connection.close()
 
 
-def _shut(connection: socket.socket) -> None:
-    with suppress(OSError):  # it has ended just now
-        connection.shutdown(socket.SHUT_RDWR)
+def _cut_when_due(
+    sock: socket.socket, deadline: float, check: Callable[[], None], done: threading.Event, cut: threading.Event
+) -> None:
+    """Shut a connection down at a moment, or once nobody waits for it any more."""
+    while not done.wait(min(LONGEST_PAUSE_S, max(0.0, deadline - time.monotonic()))):
+        if time.monotonic() >= deadline or _raises(check):
+            cut.set()
+            with suppress(OSError):  # it has ended just now
+                sock.shutdown(socket.SHUT_RDWR)
+            return
+
+
+def _raises(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except Exception:  # noqa: BLE001 - whatever it is, the one who waits hears it next
+        return True
+    return False

@@ -4,6 +4,7 @@ Retries and halvings are made by the layer above, `invoke`; here every outcome b
 """
 
 import asyncio
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from batchpipe import content
 from batchpipe.batch import Records
 from batchpipe.content import Body, ContentError
-from batchpipe.errors import RecordsFailedError, StageStartError
+from batchpipe.errors import StageStartError
 from batchpipe.redact import mask
 from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, Remedy, StageContext, sender_of
 from batchpipe.stages.connections import Connections, HttpAnswer
@@ -134,7 +135,6 @@ class HttpStage:
         self.concurrency = stage.concurrent_transforms(job.batch, default)
         self._sender = sender_of(stage, job)
         self._timeout_s = stage.invocations_timeout_s
-        self._patience_s = job.on_error.no_progress_timeout_s
         self._secrets = context.secrets
         self._connections = connections
         self._served = served
@@ -142,7 +142,9 @@ class HttpStage:
         """Whether the server died; another one is started before the next request."""
         self.has_fitted = False
         """Whether an answer has been what the next stage takes, here or when the first mini-batch was tried."""
-        self._restarting = asyncio.Lock()
+        self._restarting, self._asking = asyncio.Lock(), asyncio.Lock()
+        self._was_alive_at = -math.inf
+        """When it was last asked, on its loop's clock, with the answer that it is not stuck."""
         self.is_exclusive = self.concurrency == 1
         self._turns = Turns(self.concurrency)
 
@@ -192,19 +194,7 @@ class HttpStage:
         if remedy is Remedy.NONE:
             message = f"stage {self.name!r} breaks its contract: {message}"
         delay_s = retry_after_s(answer.headers.get("retry-after", ""))
-        if remedy is Remedy.RETRY and delay_s is not None and delay_s > self._patience_s:
-            raise self._away(f"HTTP {answer.status}: {message}", delay_s)
         raise InvocationFailed(f"HTTP {answer.status}", message, remedy, retry_after_s=delay_s)
-
-    def _away(self, answered: str, delay_s: float) -> RecordsFailedError:
-        """What ends a run at once that would end while it waits: no record is to blame, and none is tried on."""
-        asked = f"asks to be left alone for {delay_s:,.0f} s"
-        allowed = f"no_progress_timeout_s allows ({self._patience_s:,.0f} s)"
-        return RecordsFailedError(
-            f"stage {self.name!r} {asked}, longer than {allowed}: {answered}",
-            next="run the same command again after that: it resumes, and finished splits are kept; "
-            f"or wait for it in the run: --set on_error.no_progress_timeout_s={2 * delay_s:.0f}",
-        )
 
     async def _encode(self, records: Records, content_type: str) -> Body:
         size = 0 if content.is_sent_as_it_lies(records, content_type) else int(records.nbytes)
@@ -253,13 +243,27 @@ class HttpStage:
             if asyncio.get_running_loop().time() > deadline:
                 return failure
             await asyncio.sleep(0.02)
-        return InvocationFailed("ServerDied", "it died of another request, or by chance", Remedy.DIED)
+        return _died_of_another()
 
     async def _stuck_or(self, failure: InvocationFailed, used: Connections) -> InvocationFailed:
-        """Tell a server that is stuck, as after a record that never ends, from one that is slow."""
-        if not self._served or not await asyncio.to_thread(self._served.is_stuck):
+        """Tell a server that is stuck, as after a record that never ends, from one that is slow.
+
+        Asked for all that time out together by one of them.
+        """
+        if not self._served:
             return failure
-        return await self._note_death(f"{failure.message}, and its ping is not answered either", used)
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        async with self._asking:
+            if used is not self._connections or self._has_died:
+                return _died_of_another()
+            if self._was_alive_at >= began:
+                return failure
+            asked = clock()
+            if not await asyncio.to_thread(self._served.is_stuck):
+                self._was_alive_at = asked
+                return failure
+            return await self._note_death(f"{failure.message}, and its ping is not answered with 200 either", used)
 
     async def _note_death(self, how: str, used: Connections) -> InvocationFailed:
         assert self._served
@@ -287,6 +291,10 @@ class HttpStage:
             raise InvocationFailed("WrongAnswer", message, Remedy.ISOLATE)
         self.has_fitted = self.has_fitted or fits
         return records
+
+
+def _died_of_another() -> InvocationFailed:
+    return InvocationFailed("ServerDied", "it died of another request, or by chance", Remedy.DIED)
 
 
 async def _on_thread(work: Callable[[], T], size: int) -> T:
