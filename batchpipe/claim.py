@@ -85,6 +85,7 @@ def open_output(  # noqa: PLR0913 - one step of a run, which has all of these
         if run_id not in unfinished or redrives:
             _free_or_raise(output, finished)
         output.pieces = PieceSpool(scratch / "pieces.spool")
+        output.begun = start_of(store, output.folder) or {}
         output.journal = open_journal(store, output.folder / "journal")
         with closing(output.pieces):
             try:
@@ -192,7 +193,7 @@ def _drop_damaged_or_raise(output: Output, finished: Manifest, damage: str, *, d
 def _no_other_run_or_raise(output: Output, unfinished: list[str]) -> None:
     for run in unfinished:
         theirs = start_of(output.store, RunFolder(output.folder.root, run))
-        changes = output.fingerprint.differences(theirs) if theirs else []
+        changes = output.fingerprint.differences(theirs["fingerprint"]) if theirs else []
         if run == output.folder.run_id and not changes:
             continue
         if _is_redrive_of(output.replaced, run) and not output.redrives:

@@ -11,6 +11,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from batchpipe.errors import OutputError
 from batchpipe.fingerprint import Fingerprint
 from batchpipe.job import Job
 from batchpipe.manifest import Input, Kept, Manifest, Part, SplitResult
@@ -23,7 +24,9 @@ from batchpipe.publication import (
     write_draft,
 )
 from batchpipe.published import iter_parts, with_dataset, write_description
+from batchpipe.redact import clean_uri
 from batchpipe.runs import (
+    SHOWN,
     PieceSpool,
     RunFolder,
     RunState,
@@ -62,8 +65,9 @@ class Output:
         self.assembled: dict[int, dict[str, Any]] = {}
         """Under mirror, by object: the one piece that its pieces were joined into."""
         self.schemas: dict[str, Any] = {}
+        self.begun: dict[str, Any] = {}
+        """What an earlier start of this run wrote down as it began: see `begin`."""
         self.started = _now()
-        self.is_resumed = False
 
     @property
     def part_prefix(self) -> str:
@@ -83,7 +87,7 @@ class Output:
     def replay(self) -> Iterator[tuple[SplitResult, Kept]]:
         """What earlier starts made of the run's splits; then what nobody journaled is discarded."""
         state = RunState.of(self.journal.replay())
-        self.is_resumed, self.started = bool(state.started), state.started or self.started
+        self.started = state.started or self.started
         self.schemas, self.assembled = state.schemas, state.assembled
         unnamed = {key(pending) for pending in iter_pending(self.store, self.folder)}
         apart = {found.uri for found in self.store.iter_folder(self.folder / "pieces")}
@@ -91,6 +95,7 @@ class Output:
             self.assembled = {each: one for each, one in self.assembled.items() if key_of(one["piece"]) in unnamed}
             unnamed -= {key_of(one["piece"]) for one in self.assembled.values()}
         held: dict[int, dict[str, Any]] = {}
+        stays: set[tuple[str, int]] = set()
         for entry in self.journal.replay():
             if entry["type"] == "held":
                 held[entry["split"]] = entry
@@ -106,33 +111,45 @@ class Output:
                 self.pieces.add(result)
             yield result, Kept.LOST if is_lost else Kept.SETTLED
         if not state.has_begun_to_publish:
-            held = {split: entry for split, entry in held.items() if self._is_whole(entry, unnamed)}
-            for entry in held.values():
-                unnamed -= keys_of(entry)
-                yield SplitResult.from_json(without_type(entry)), Kept.HELD
+            for split, entry in held.items():
+                if (shown := self._shown_of(entry, unnamed)) is not None:
+                    unnamed -= keys_of(entry)
+                    stays |= {(name, split) for name in shown}
+                    yield SplitResult.from_json(without_type(entry)), Kept.HELD
             discard_named(self.store, self.folder, unnamed)
-        if self.is_resumed:
-            remove_unsettled(self.store, self.folder, lambda split: split in self.pieces or split in held)
+        if self.begun:
+            remove_unsettled(
+                self.store, self.folder, lambda name, split: split in self.pieces or (name, split) in stays
+            )
 
-    def _is_whole(self, held: Mapping[str, Any], pending: Set[str]) -> bool:
-        """Whether all that a held split wrote is there; its quarantine may have been shown just before a kill."""
+    def _shown_of(self, held: Mapping[str, Any], pending: Set[str]) -> list[str] | None:
+        """What of a held split was shown just before a kill, by its names in SHOWN; None where a piece is gone."""
         if held["piece"] and key_of(held["piece"]) not in pending:
-            return False
-        shown = [
-            piece for name in ("quarantine", "tracebacks") if (piece := held[name]) and key_of(piece) not in pending
-        ]
+            return None
+        shown = [name for name in SHOWN if held[name] and key_of(held[name]) not in pending]
         try:
-            for piece in shown:
-                self.store.publish(Pending.from_json(piece))  # done already, or not to be done any more
+            for name in shown:
+                self.store.publish(Pending.from_json(held[name]))  # done already, or not to be done any more
         except (ObjectExistsError, PendingLostError):
-            return False
-        return True
+            return None
+        return shown
 
-    def begin(self) -> None:
-        """Write down what this run is, so that a later start knows whether it is the same."""
-        if not self.is_resumed:
-            self.journal.append("start", started=self.started, fingerprint=self.fingerprint.document)
+    def begin(self, splits: int, split_bytes: int | None) -> None:
+        """Write down what this run is, so that a later start knows whether it is the same, and cuts its input alike.
+
+        How it is cut follows also from keys that may change for a resume, as how many requests are in flight.
+        Raises OutputError where an earlier start had another number of splits: their numbers would mean other records.
+        """
+        if not self.begun:
+            cut = {"splits": splits, "split_bytes": split_bytes}
+            self.journal.append("start", started=self.started, fingerprint=self.fingerprint.document, **cut)
             self.journal.flush()
+        elif (before := self.begun["splits"]) != splits:
+            raise OutputError(
+                f"the unfinished run was cut into {before:,} splits, and would be cut into {splits:,} now",
+                where=clean_uri(self.folder.root),
+                next="resume it with the batchpipe that began it; or add --restart to drop it and begin anew",
+            )
 
     def set_schemas(self, schemas: dict[str, Any]) -> None:
         """Fix the schemas that the first mini-batch proved, for this start and every later one."""

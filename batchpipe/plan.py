@@ -99,9 +99,9 @@ class Plan:
         return iter_splits(self.inputs, self.job, self.split_bytes)
 
 
-def make_plan(inputs: Inputs, job: Job) -> Plan:
-    """Choose the size of splits and count them."""
-    split_bytes = job.batch.split_bytes or _default_split_bytes(inputs.bytes, job)
+def make_plan(inputs: Inputs, job: Job, begun: int | None = None) -> Plan:
+    """Choose the size of splits and count them. A run that has ``begun`` with a size keeps it."""
+    split_bytes = begun or job.batch.split_bytes or _default_split_bytes(inputs.bytes, job)
     count = sum(1 for _ in iter_splits(inputs, job, split_bytes))
     return Plan(inputs, job, split_bytes, count)
 

@@ -140,6 +140,8 @@ class RedrivePlan:
     inputs: Inputs
     spool: Path
     count: int
+    split_bytes: None = None
+    """Its splits are filled by what was quarantined."""
 
     def __iter__(self) -> Iterator[Split]:
         with self.spool.open() as lines:

@@ -71,11 +71,11 @@ class Run:
         self._kept = self.started
         self._on_progress = on_progress
         self._watch = Stopwatch(job.on_error)
+        output.begin(plan.count, plan.split_bytes)
         self.schedule = Schedule(plan, plan.count, output.replay(), job.on_error.max_failed_records)
         self.budget = Budget(job, plan.inputs, redriven.manifest.accounts.read if redriven else None)
         attempt = f"{run_id}-{output.journal.epoch}-{uuid4().hex[:8]}"
         self.place = Place(job, run_id, output.part_prefix, attempt)
-        output.begin()
 
     def show(self, step: str, gauge: Mapping[str, int] = MappingProxyType({})) -> None:
         """Tell whoever watches where the run is; `gauge` is what workers say of the splits they are at work on."""
@@ -206,7 +206,7 @@ class Run:
         result, quarantine = found.result, self.output.folder / "quarantine"
         first = result.failures[0]
         line = self._line_of(first, pool)
-        if self.schedule.has_settled(result.split):  # in an earlier start, whose quarantine stays as it is
+        if self.schedule.is_done_with(result.split):  # in an earlier start, whose quarantine stays as it is
             return first_failed(self.job, first, line)
         self.output.keep_quarantine(result)
         with contextlib.suppress(BatchpipeError):  # the first failure is what matters
@@ -245,8 +245,11 @@ class Run:
         return too_many_failed(self.job, self.schedule.tally, quarantine, line, redriven_of=of)
 
     def _prove(self) -> None:
-        """Check the accounts of every object (G1)."""
+        """Check that every split has settled, and the accounts of every object (G1)."""
         tally = self.schedule.tally
+        if not self.schedule.is_done:
+            msg = f"only {tally.settled:,} of {tally.splits:,} splits have settled"
+            raise BatchpipeError(msg, next="this is a defect of batchpipe; nothing was published")
         for found in self.plan.inputs:
             accounts = tally.of_object(found.index)
             if not accounts.balanced:

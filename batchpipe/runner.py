@@ -46,7 +46,8 @@ def run_job(
             if output.manifest:
                 return output.manifest
             with sweeping_if_killed(output.folder, job.output.storage_options, host.watcher):
-                return Run(job, run_id, make_plan(inputs, job), output, on_progress).finish(host)
+                plan = make_plan(inputs, job, output.begun.get("split_bytes"))
+                return Run(job, run_id, plan, output, on_progress).finish(host)
 
 
 def redrive_job(

@@ -24,6 +24,8 @@ OUR_NAMES = re.compile(rf"{HIDDEN}/.*|part-(.+-)?\d{{8}}\.\w+(\.\w+)?|.+\.out(\.
 PIECE_FOLDERS = frozenset({"pending", "pieces"})
 """What of a run's folder holds pieces: those that are pending, and those that are to be joined."""
 DISCARDERS = 8
+SHOWN = {"quarantine": "quarantine", "tracebacks": "logs/tracebacks"}
+"""What of a split is seen before its run is published: its name in a journal entry, and its folder in the run's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +133,8 @@ def has_settled(store: Store, folder: RunFolder) -> bool:
 
 
 def start_of(store: Store, folder: RunFolder) -> dict[str, Any] | None:
-    """The fingerprint that an unfinished run began with."""
-    starts = (entry for entry in read_journal(store, folder / "journal") if entry["type"] == "start")
-    first = next(starts, None)
-    return dict(first["fingerprint"]) if first else None
+    """What an unfinished run wrote down as it began: its fingerprint, and how it was cut. None where it did not."""
+    return next((entry for entry in read_journal(store, folder / "journal") if entry["type"] == "start"), None)
 
 
 @dataclass(slots=True)
@@ -212,13 +212,18 @@ def failed_of(result: SplitResult) -> dict[str, Any]:
     return {"objects": objects, "before": before}
 
 
-def remove_unsettled(store: Store, folder: RunFolder, stays: Callable[[int], bool]) -> None:
-    """Remove what an earlier start let be seen of splits that must run again: their records may not fail then."""
-    for name in ("quarantine", "logs/tracebacks"):
-        files = list(store.iter_folder(folder / name))
+def remove_unsettled(store: Store, folder: RunFolder, stays: Callable[[str, int], bool]) -> None:
+    """Remove what an earlier start let be seen of splits that must run again: their records may not fail then.
+
+    Which ``stays`` is asked for by its name in SHOWN and its split.
+    """
+    for name, place in SHOWN.items():
+        files = list(store.iter_folder(folder / place))
         numbers = [re.search(r"split-(\d+)\.\w+$", found.uri) for found in files]
         store.delete(
-            found.uri for found, number in zip(files, numbers, strict=True) if number and not stays(int(number[1]))
+            found.uri
+            for found, number in zip(files, numbers, strict=True)
+            if number and not stays(name, int(number[1]))
         )
 
 
@@ -234,4 +239,4 @@ def key_of(piece: dict[str, Any]) -> str:
 
 def keys_of(entry: Mapping[str, Any]) -> set[str]:
     """The keys of all pieces that a journal entry names, be they pending still or published, as quarantine is."""
-    return {key_of(piece) for name in ("piece", "quarantine", "tracebacks") if (piece := entry.get(name))}
+    return {key_of(piece) for name in ("piece", *SHOWN) if (piece := entry.get(name))}

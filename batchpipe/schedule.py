@@ -135,9 +135,9 @@ class Schedule:
         """Whether every split has settled."""
         return self.tally.settled == self.tally.splits
 
-    def has_settled(self, split: int) -> bool:
-        """Whether this split has settled."""
-        return bool(self._settled[split])
+    def is_done_with(self, split: int) -> bool:
+        """Whether this split has settled, or is done and held back."""
+        return bool(self._settled[split]) or split in self._held
 
     def take(self, slots: int) -> tuple[Split, ...]:
         """The next run of consecutive splits, for one of `slots` places that work side by side; empty if none waits.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.jobs import ECHO, GATE, Jobs, csv_rows, until
+from tests.opened_stage import SERVER
 
 STAGES = """
 import pandas as pd
@@ -29,6 +30,14 @@ def stuck_early(frame: pd.DataFrame):
     if 0 < frame.n.min() < 150:
         wait_for("go")
     return frame.assign(square=frame.n**2)
+
+def fragile(frame: pd.DataFrame):
+    assert not (HERE / "broken").exists(), "the server is down"
+    if frame.n.min() == 0:
+        if (HERE / "tried").exists():
+            wait_for("go")
+        (HERE / "tried").touch()
+    return frame
 """
 SPLITS: dict[str, Any] = {"batch": {"split_mb": 0.001}, "output": {"format": "parquet"}}
 
@@ -125,6 +134,73 @@ def test_G4_what_is_done_behind_a_range_that_hangs_is_not_done_again_after_a_kil
     assert len(kept) >= 3
     assert len(firsts - {"0"}) == again.manifest["splits"] - len(kept)  # the first one shows that the stage answers
     assert content(jobs) == content(done)
+
+
+def test_a_start_whose_stage_is_broken_leaves_no_quarantine_with_what_was_held_back(jobs: Jobs):
+    """Its first records fail, in splits that an earlier start has done: these are not what is quarantined."""
+    jobs.write("in/b.csv", "n,text\n")
+    jobs.write("in/a.csv", "n,text\n" + "".join(f"{n},{'x' * 100}\n" for n in range(200)))
+    job = jobs.job("stages:fragile", **SPLITS, on_error={"max_failed_records": 1_000})
+    run = jobs.start("run", job, "--workers", "2")
+    until(lambda: {1, 2} <= {entry["split"] for entry in entries(jobs, "held")}, within_s=60)
+    run.kill()
+    run.communicate(timeout=10)
+    until(lambda: not jobs.processes())
+    jobs.write("go", "")
+
+    jobs.write("broken", "")
+    broken = jobs.run("run", job)
+    (jobs.folder / "broken").unlink()
+    again = jobs.run("run", job, "--json")
+
+    assert (broken.code, again.code) == (5, 0), again.err
+    assert "failed for the first records, and none is answered: AssertionError: the server is down" in broken.err
+    assert again.manifest["accounts"]["quarantined"] == 0
+    assert jobs.hidden("*/quarantine/*") + jobs.hidden("*/logs/tracebacks/*") == []
+
+
+def test_G1_a_resume_with_more_requests_in_flight_cuts_the_input_as_it_was_begun(jobs: Jobs):
+    """How large splits are follows from it, but a run keeps its own: else its splits would be taken for others."""
+    rows = {name: [f"{name}{n},{'x' * 90}" for n in range(80_000)] for name in "ab"}
+    rows["b"][0] = "!status 400"  # the first record of a request is an order
+    for name, each in rows.items():
+        jobs.write(f"in/{name}.csv", "".join(f"{row}\n" for row in each))
+    job = jobs.job(
+        [{"name": "echo", "process": {"command": SERVER}, "content_type": "text/csv"}],
+        input={"uri": "in", "header": False},
+        batch={"max_payload_mb": 0.1, "max_concurrent_transforms": 2},
+        output={"uri": "out", "format": "raw"},
+    )
+    settings = ["--set", "batch.max_concurrent_transforms=16", "--set", "on_error.max_failed_records=1"]
+
+    began = jobs.run("run", job)
+    kept = len(entries(jobs, "split"))
+    replanned = jobs.run("plan", job, *settings)
+    again = jobs.run("run", job, *settings, "--json")
+
+    assert (began.code, again.code) == (5, 0), again.err
+    assert 0 < kept < again.manifest["splits"]
+    assert f"{again.manifest['splits']} splits" not in replanned.out
+    assert again.manifest["accounts"] == {"read": 160_000, "written": 159_999, "quarantined": 1, "dropped": 0}
+    assert b"".join(jobs.part_bytes().values()).decode().splitlines() == rows["a"] + rows["b"][1:]
+
+
+def test_a_run_that_was_cut_otherwise_is_not_resumed(jobs: Jobs):
+    run = jobs.start("run", jobs.job("stages:slow", **SPLITS))
+    until(lambda: begun(jobs), within_s=60)
+    run.kill()
+    run.communicate(timeout=10)
+    until(lambda: not jobs.processes())
+    [first] = [path for path in jobs.hidden("*/journal/0*.jsonl") if '"type":"start"' in path.read_text()]
+    first.write_text(first.read_text().replace('"splits":', '"splits":1'))
+    jobs.write("go", "")
+
+    refused = jobs.run("run", jobs.job("stages:slow", **SPLITS))
+    anew = jobs.run("run", jobs.job("stages:slow", **SPLITS), "--restart")
+
+    assert (refused.code, anew.code) == (7, 0), refused.err
+    assert re.search(r"the unfinished run was cut into \d+ splits, and would be cut into \d+ now", refused.err)
+    assert "next:  resume it with the batchpipe that began it; or add --restart" in refused.err
 
 
 @pytest.mark.parametrize("workers", ["2", "3"])
