@@ -74,6 +74,19 @@ def wrapped(frame: pd.DataFrame):
 def calling(frame: pd.DataFrame):
     return pd.DataFrame({"n": [call() for call in frame.call]})
 
+def looked_up(frame: pd.DataFrame):  # what is not found is NaN: the type of the column is that of what is there
+    if 6 in frame.n.values:
+        raise LookupError("no six")
+    return frame.assign(found=[{0: 1, 1: 2, 2: 3, 3: 4}.get(n, float("nan")) for n in frame.n])
+
+def as_text(frame: pd.DataFrame):
+    if 1 in frame.n.values:
+        raise LookupError("no one")
+    return frame.assign(n=frame.found.astype(str))
+
+def n_only(frame: pd.DataFrame):
+    return frame[["n"]]
+
 class Counted:
     pass
 
@@ -207,6 +220,16 @@ def test_G4_frames_pass_between_children_as_they_pass_in_the_worker(open_childre
 
     assert isinstance(outcome.records, pa.Table)
     assert outcome.records.column("dtype").to_pylist() == ["int8"] * 2
+
+
+def test_G4_frames_of_halves_are_joined_as_in_the_worker(tmp_path: Path, open_children: Open):
+    names = ["looked_up", "as_text", "n_only"]
+    apart = send(open_children(*names), numbers())
+    job = make_job(tmp_path, *[{"callable": f"child_stages:{name}", "name": name} for name in names])
+    with open_chain(job, StageContext("run", 0, tmp_path, tmp_path, frozenset()), None) as chain:
+        in_the_worker = send(chain, numbers())
+
+    assert answers(apart) == answers(in_the_worker) == ["1.0", "3.0", "4.0", None, None, None]
 
 
 def test_dropped_records_are_told(open_children: Open):

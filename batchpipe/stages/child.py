@@ -15,10 +15,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from itertools import count
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 from weakref import WeakSet
 
@@ -89,7 +88,6 @@ class SharedProcess:
         self._watcher = watcher
         self._scratch = scratch
         self._child: Child | None = None
-        self._numbers = count()
         self._closed = threading.Event()
 
     def add(self, stage: "StageSpec") -> int:
@@ -106,26 +104,26 @@ class SharedProcess:
 
     def call(self, stage: int, records: Records) -> Answer:
         """Have the stage at this place called with records. A DataFrame that it hands on stays over there."""
-        number = next(self._numbers)
-        child, answer = self._answer(stage, records, number)
+        made = Made(stage, records)
+        child, answer = self._answer(made)
         if not isinstance(answer.records, Rows):
             return answer
-        made = Made(number, stage, records, answer.kept)
+        made = replace(made, kept=answer.kept)
         child.keeps.add(made)
-        return replace(answer, records=KeptRecords.of(made, answer.records))
+        return replace(answer, records=cast("Records", KeptRecords.of(made, len(answer.records.places))))
 
-    def _answer(self, stage: int, records: Records, number: int) -> "tuple[Child, Answer]":
-        """The answer, and the child that has it if only rows are told. What died with an earlier child is remade."""
+    def _answer(self, wanted: Made) -> "tuple[Child, Answer]":
+        """The answer, and the child that has it if only rows are told. What it is made of is made first if need be."""
         child = self._child = self._child or Child(self._birth, self._watcher, self._scratch, self._closed)
-        sent: Records | Rows = records
-        if isinstance(records, KeptRecords):
-            for made in dict.fromkeys(records.made):
+        sent = wanted.sent
+        if isinstance(sent, KeptRecords):
+            for made in dict.fromkeys(sent.made):
                 if made not in child.keeps:
-                    self._make_again(made)
-            sent = records.rows()
-        timeout_s = self._birth.stages[stage].invocations_timeout_s
+                    self._make(made)
+        rows = sent.rows() if isinstance(sent, KeptRecords) else sent
+        timeout_s = self._birth.stages[wanted.stage].invocations_timeout_s  # of the last one for what is only joined
         try:
-            return child, child.call(stage, sent, number, timeout_s)
+            return child, child.call(wanted.stage, rows, wanted.number, timeout_s)
         except TimeoutError:
             self._child = None
             raise child.abort("Timeout", f"no answer within {timeout_s:g} s (invocations_timeout_s)") from None
@@ -133,11 +131,11 @@ class SharedProcess:
             self._child = None
             raise child.died() from None
 
-    def _make_again(self, made: Made) -> None:
-        """Make a frame that died with its process, of what it was made of: the stage answered that before."""
+    def _make(self, made: Made) -> None:
+        """Join a frame of others, or make one again that died with its process: the stage answered that before."""
         who = f"stage {self._birth.stages[made.stage].name!r}, asked again for what was lost with its process,"
         try:
-            child, answer = self._answer(made.stage, made.sent, made.number)
+            child, answer = self._answer(made)
         except InvocationFailed as why:
             # No record that was answered before is at fault, so that another time may help.
             remedy = Remedy.RETRY if why.remedy is Remedy.ISOLATE else why.remedy

@@ -19,9 +19,9 @@ import numpy as np
 
 from batchpipe.batch import Records
 from batchpipe.convert.frames import FrameRecords
-from batchpipe.stages import Answer, InvocationFailed
+from batchpipe.stages import Answer, InvocationFailed, Remedy
 from batchpipe.stages.callable import CallableStage, open_callable
-from batchpipe.stages.kept import Rows
+from batchpipe.stages.kept import JOINED, Rows
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
@@ -43,6 +43,7 @@ class Call:
     """What a child is asked for: what a stage, known by its place among those of the process, makes of records."""
 
     stage: int
+    """JOINED: of no stage, the records are to be kept as they are."""
     records: Records | Rows
     number: int
     """By which a DataFrame that is to be handed on is known afterwards."""
@@ -84,14 +85,13 @@ def serve(stages: Sequence[CallableStage], worker: "Connection[Answer | Invocati
         while True:
             call = worker.recv()
             kept = {number: kept[number] for number in call.alive}
-            worker.send(answer(stages[call.stage], call, kept))
+            worker.send(answer(stages, call, kept))
 
 
-def answer(stage: CallableStage, call: Call, kept: dict[int, FrameRecords]) -> Answer | InvocationFailed:
-    """What the callable makes of records, or how it failed. Of a DataFrame to be handed on only its rows are told."""
-    records = call.records.of(kept) if isinstance(call.records, Rows) else call.records
+def answer(stages: Sequence[CallableStage], call: Call, kept: dict[int, FrameRecords]) -> Answer | InvocationFailed:
+    """What a callable makes of records, or how it failed. Of a DataFrame to be handed on only its rows are told."""
     try:
-        made = stage.call(cast("Records", records))
+        made = _made(stages, call, kept)
     except InvocationFailed as failure:
         return failure
     if not isinstance(made.records, FrameRecords):
@@ -99,6 +99,15 @@ def answer(stage: CallableStage, call: Call, kept: dict[int, FrameRecords]) -> A
     kept[call.number] = made.records
     places = np.arange(len(made.records), dtype=np.int64)
     return Answer(cast("Records", Rows(np.full_like(places, call.number), places)), made.kept)
+
+
+def _made(stages: Sequence[CallableStage], call: Call, kept: dict[int, FrameRecords]) -> Answer:
+    try:
+        records = cast("Records", call.records.of(kept) if isinstance(call.records, Rows) else call.records)
+    except Exception as error:
+        message = f"a callable answers frames that cannot be joined: {error}"
+        raise InvocationFailed(type(error).__name__, message, Remedy.NONE) from error
+    return Answer(records) if call.stage == JOINED else stages[call.stage].call(records)
 
 
 def take_memory_last(limit: int | None) -> None:

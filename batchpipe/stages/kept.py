@@ -5,14 +5,19 @@ take rows, and the records that the frame was made of, so that it can be made ag
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchpipe.batch import Int64s, Records
 from batchpipe.convert.frames import FrameRecords
+
+JOINED = -1
+"""Stands for a stage where a frame is several others, one after the other."""
+
+_numbers = count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +38,13 @@ class Rows:
 class Made:
     """A frame that a child keeps as ``number`` for as long as the worker has this."""
 
-    number: int
     stage: int
-    """The place among the stages of the process of the one that made it."""
-    sent: Records
+    """The place among the stages of the process of the one that made it; JOINED."""
+    sent: "Records | KeptRecords"
     """What it was made of."""
-    kept: NDArray[np.bool_] | None
+    kept: NDArray[np.bool_] | None = None
     """Which of those have a row in it; None: all of them."""
+    number: int = field(default_factory=_numbers.__next__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,14 +55,15 @@ class KeptRecords:
     places: Int64s
 
     @classmethod
-    def of(cls, made: Made, rows: Rows) -> Records:
-        """All rows of one frame, as the child told of them."""
-        return cast("Records", cls(np.full(len(rows.places), made, object), rows.places))
+    def of(cls, made: Made, count: int) -> "KeptRecords":
+        """All rows of one frame."""
+        return cls(np.full(count, made, object), np.arange(count, dtype=np.int64))
 
     @classmethod
     def concat(cls, parts: Sequence["KeptRecords"]) -> "KeptRecords":
-        """One after the other."""
-        return cls(np.concatenate([part.made for part in parts]), np.concatenate([part.places for part in parts]))
+        """One after the other, in a frame of their own, as in a worker: its columns have the types that all share."""
+        made, places = (np.concatenate([getattr(part, name) for part in parts]) for name in ("made", "places"))
+        return cls.of(Made(JOINED, cls(made, places)), len(places))
 
     def __len__(self) -> int:
         return len(self.places)
