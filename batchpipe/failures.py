@@ -96,10 +96,13 @@ def _who(stage: str) -> str:
 
 def first_failed(job: Job, first: Failure, line: int | None = None, quarantine: str = "") -> RecordsFailedError:
     """The error that ends a run before it begins: no record of the first mini-batch is answered."""
+    limit = job.on_error.max_failed_records
+    more = "" if limit is None else job.command("run", max_failed_records=max(100, 10 ** len(str(limit))))
     return RecordsFailedError(
         f"{_who(first.stage)} failed for the first records, and none is answered: {_why(first)}",
         where=f"{describe_failure(first, line)}{_kept_in(quarantine)}",
-        next=f"mend it and try one mini-batch: {job.command('check')}",
+        next=f"mend it and try one mini-batch: {job.command('check')}"
+        + (f"; or, if those behind are well, allow it: {more}" if more else ""),
     )
 
 

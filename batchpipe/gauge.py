@@ -7,7 +7,7 @@ _moving = threading.Lock()
 
 
 def show(name: str, more: int) -> None:
-    """Move a figure: ``records`` and ``bytes`` of splits at work, or ``moved``, bytes of work that is no split."""
+    """Move a figure: ``records`` and ``bytes`` of splits at work, or ``moved``, whatever work that is no split does."""
     with _moving:
         _figures[name] += more
 

@@ -58,6 +58,7 @@ def number_failures(numbering: Numbering, place: Place) -> int:
     count = 0
     for uri, _ in numbering.files:
         for failure in read_failures(store, uri):
+            gauge.show("moved", 1)
             offsets[failure.object, failure.version].append(failure.offset)
             count += 1
     lines = {}
@@ -123,6 +124,7 @@ def _write_again(store: Store, uri: str, before: int | None, lines: Mapping[_Key
     found = store.stat(uri)
     with store.open_pending(uri, staging=place.staging, attempt=place.attempt) as sink:
         for failure in read_failures(store, uri):
+            gauge.show("moved", 1)
             known = lines.get((failure.object, failure.version))
             line = known.at(failure.offset) if known else None
             # An object's first range knows its records' places from the start.

@@ -66,9 +66,11 @@ def check_job(job: Job) -> Iterator[str]:
 
 def _failed(job: Job, found: Unproved, plan: Plan) -> RecordsFailedError:
     accounts, failures = found.result.accounts, found.result.failures
-    lies_in = object_of(failures[0], plan.inputs)
-    line = line_of(lies_in, failures[0].offset, job.input) if lies_in else None
-    if found.is_hopeless or not is_beyond_records(job.on_error, accounts.quarantined):
-        return first_failed(job, failures[0], line)
+    is_hopeless = found.is_hopeless or not is_beyond_records(job.on_error, accounts.quarantined)
+    named = found.at_fault if is_hopeless else failures[0]
+    lies_in = object_of(named, plan.inputs)
+    line = line_of(lies_in, named.offset, job.input) if lies_in else None
+    if is_hopeless:
+        return first_failed(job, named, line)
     tally = Tally(splits=plan.count, accounts=accounts, failures=list(failures))
     return too_many_failed(job, tally, line=line)

@@ -1,5 +1,6 @@
 """What the first mini-batch decides before a run begins: whether the stages answer at all, and with which columns."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +36,8 @@ class Unproved:
     """Why a run ends before it begins: what became of the split at which that was certain."""
 
     result: SplitResult
+    at_fault: Failure
+    """The first failure of the stage that failed for most records; of reading where no stage did."""
     is_hopeless: bool
     """Whether no record was answered, of so many that the stage is at fault, and not each of them."""
 
@@ -66,7 +69,9 @@ class _Trial:
         self._orders = orders
         self._is_strict = is_strict
         self._limit = orders.job.on_error.max_failed_records
-        self._failed = self._failed_in_stages = self._dropped = 0
+        self._failed = self._dropped = 0
+        self._failed_in = Counter[str]()
+        """Records by the stage that failed for them."""
         self._has_answered = False
         self._first: list[Failure] = []
 
@@ -89,16 +94,16 @@ class _Trial:
                         return replace(orders.schemas, output=output, is_proved=True)
                     source.settle(sent, outcome)
                     self._dropped += len(outcome.dropped)
+                    self._failed_in.update(failed.stage for failed in outcome.failed)
                 if self._has_answered or unanswered.is_spent or self._are_enough(self._failed + quarantine.count):
                     break
             self._failed += quarantine.count
-            self._failed_in_stages += unanswered.found
             self._first += quarantine.first
             is_over = self._has_answered or unread.is_spent or unanswered.is_spent or self._are_enough(self._failed)
             if is_over or (is_last and self._failed and not self._dropped):
                 enough = FIRST_RECORDS if is_over else 2  # where there are no others
-                is_hopeless = not self._has_answered and not self._dropped and self._failed_in_stages >= enough
-                return Unproved(self._result(split, source, quarantine), is_hopeless)
+                is_hopeless = not self._has_answered and not self._dropped and self._failed_in.total() >= enough
+                return Unproved(self._result(split, source, quarantine), self._at_fault(), is_hopeless)
         return None
 
     def _limit_of_stages(self) -> FailureLimit:
@@ -116,6 +121,10 @@ class _Trial:
 
     def _are_enough(self, failed: int) -> bool:
         return failed >= FIRST_RECORDS and not self._dropped
+
+    def _at_fault(self) -> Failure:
+        most = {stage for stage, _ in self._failed_in.most_common(1)}
+        return next((failure for failure in self._first if failure.stage in most), self._first[0])
 
     def _result(self, split: Split, source: Source, quarantine: Quarantine) -> SplitResult:
         kept, failures = quarantine.finish(), tuple(self._first)

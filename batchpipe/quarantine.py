@@ -56,7 +56,7 @@ class Quarantine:
         self.count += 1
         if traceback and self._keep(failure, traceback):
             failure = replace(failure, traceback=traceback_name(self._split.index))
-        if len(self.first) < MAX_FAILURES_IN_RESULT:
+        if len(self.first) < MAX_FAILURES_IN_RESULT or failure.stage not in {each.stage for each in self.first}:
             self.first.append(failure)
         if self._lines is None:
             self._lines = self._open(self._place.quarantine_uri(self._split))

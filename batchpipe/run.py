@@ -204,17 +204,15 @@ class Run:
     def _unproved(self, found: Unproved, pool: "Pool") -> BatchpipeError:
         """What ends a run whose first mini-batch had no answer, or lost more records than the run may."""
         result, quarantine = found.result, self.output.folder / "quarantine"
-        first = result.failures[0]
-        line = self._line_of(first, pool)
         if self.schedule.is_done_with(result.split):  # in an earlier start, whose quarantine stays as it is
-            return first_failed(self.job, first, line)
+            return first_failed(self.job, found.at_fault, self._line_of(found.at_fault, pool))
         self.output.keep_quarantine(result)
         with contextlib.suppress(BatchpipeError):  # the first failure is what matters
             self._number(pool, result)
         if found.is_hopeless or not is_beyond_records(self.job.on_error, result.accounts.quarantined):
-            return first_failed(self.job, first, line, quarantine)
+            return first_failed(self.job, found.at_fault, self._line_of(found.at_fault, pool), quarantine)
         self.schedule.tally.accounts, self.schedule.tally.failures = result.accounts, list(result.failures)
-        return self._too_many_failed(line)
+        return self._too_many_failed(self._line_of(result.failures[0], pool))
 
     def _settle(self, result: SplitResult, pool: "Pool") -> None:
         """Journal a settled split; end the run if more records failed than it may lose."""

@@ -121,9 +121,25 @@ def test_a_stage_that_fails_for_every_record_is_said_to_do_so_though_no_record_m
         assert told.code == 5
         assert "stage 'picky' failed for the first records, and none is answered: AssertionError: too small" in told.err
         assert "where: in/a.csv, line 2, byte 7" in told.err
-        assert "next:  mend it and try one mini-batch: batchpipe check job.yaml" in told.err
+        assert "next:  mend it and try one mini-batch: batchpipe check job.yaml; or, if those behind" in told.err
     (quarantine,) = jobs.hidden("*/quarantine/*.jsonl")
     assert len(quarantine.read_text().splitlines()) == min(rows, 16)
+
+
+@pytest.mark.parametrize("verb", ["run", "check"])
+@pytest.mark.parametrize("limit", [0, 5])
+def test_the_stage_that_fails_for_most_of_the_first_records_is_named(jobs: Jobs, verb: str, limit: int):
+    """Not the row that cannot be read, nor the stage that fails for one record before it."""
+    jobs.write("in/a.csv", "n,text\n1,2,3\n" + csv_rows(100).partition("\n")[2])
+    stages = [*picky(0), {"name": "model", "callable": "stages:picky", "params": {"worst": 10_000}}]
+    job = jobs.job(stages, input={"uri": "in", "types": {"n": "int64"}}, on_error={"max_failed_records": limit})
+
+    told = jobs.run(verb, job)
+
+    assert told.code == 5
+    assert "stage 'model' failed for the first records, and none is answered: AssertionError" in told.err
+    assert "where: in/a.csv, line 4, " in told.err
+    assert "allow it: batchpipe run job.yaml --set on_error.max_failed_records=100" in told.err
 
 
 def test_records_that_take_long_to_fail_are_not_gathered_beyond_the_budget(jobs: Jobs):
