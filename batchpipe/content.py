@@ -24,7 +24,8 @@ JSON = "application/json"
 JSON_LINES = "application/jsonlines"
 ARROW = "application/vnd.apache.arrow.stream"
 TABULAR = frozenset({CSV, JSON, JSON_LINES, ARROW})
-UNTYPED = frozenset({"text/plain", "application/octet-stream", "binary/octet-stream"})
+BYTES = frozenset({"application/octet-stream", "binary/octet-stream"})
+UNTYPED = BYTES | {"text/plain"}
 """What `lines` and `object` are until a stage's content type names them."""
 
 _OTHER_NAMES = {
@@ -152,13 +153,13 @@ def _fits(have: str, wanted: str) -> bool:
 
 
 def _is_json(media_type: str) -> bool:
-    """Also ``application/vnd.acme+json``, ``application/x-amz-json-1.1``."""
-    return media_type == JSON_LINES or bool(re.search(r"\bjson\b", media_type))
+    """Also ``application/vnd.acme+json``, ``application/x-amz-json-1.1``; a sequence (RFC 7464) is no document."""
+    return media_type == JSON_LINES or bool(re.search(r"\bjson\b(?!-seq)", media_type))
 
 
 def _is_document(records: ByteRecords) -> bool:
-    """Whether this is one record of several lines, as a whole CSV file is, which brings its own header."""
-    return len(records) == 1 and len(_csv_ends(bytes(records[0]))) > 1
+    """Whether this is one record that is a whole CSV file, which brings its own header: an object, or several lines."""
+    return len(records) == 1 and (records.content_type in BYTES or len(_csv_ends(bytes(records[0]))) > 1)
 
 
 def _on_lines(records: ByteRecords) -> ByteRecords:
@@ -167,7 +168,15 @@ def _on_lines(records: ByteRecords) -> ByteRecords:
     if not any(b"\n" in document or b"\r" in document for document in documents):
         return records
     flat = bytes.maketrans(b"\r\n", b"  ")
-    return ByteRecords.of([document.translate(flat) + b"\n" for document in documents], JSON)
+    return ByteRecords.of([_checked(document).translate(flat) + b"\n" for document in documents], JSON)
+
+
+def _checked(document: bytes) -> bytes:
+    try:
+        json.loads(document)
+    except (ValueError, RecursionError) as exc:
+        raise ContentError(f"not JSON, so that it cannot be put on one line: {exc}") from exc
+    return document
 
 
 def _wrap(documents: bytes, request_key: str) -> bytes:

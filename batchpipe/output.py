@@ -144,9 +144,9 @@ class Output:
             cut = {"splits": splits, "split_bytes": split_bytes}
             self.journal.append("start", started=self.started, fingerprint=self.fingerprint.document, **cut)
             self.journal.flush()
-        elif (before := self.begun["splits"]) != splits:
+        elif (before := self.begun.get("splits", 0)) != splits:
             raise OutputError(
-                f"the unfinished run was cut into {before:,} splits, and would be cut into {splits:,} now",
+                f"the unfinished run was cut into {before or 'other'} splits, and would be cut into {splits} now",
                 where=clean_uri(self.folder.root),
                 next="resume it with the batchpipe that began it; or add --restart to drop it and begin anew",
             )

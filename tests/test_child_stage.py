@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
 from batchpipe.batch import MiniBatch, Origins, Records
 from batchpipe.chain import Chain, StageRefused, new_stats, open_chain
+from batchpipe.convert.frames import FrameRecords
 from batchpipe.errors import PoolError, StageStartError
 from batchpipe.invoke import FailureLimit, Outcome
 from batchpipe.redact import secrets_of
-from batchpipe.stages import StageContext
+from batchpipe.stages import InvocationFailed, Remedy, StageContext
+from batchpipe.stages.child_process import Call, answer
+from batchpipe.stages.kept import JOINED, Rows
 from batchpipe.stages.watcher import open_watcher
 from tests.jobs import until
 from tests.opened_stage import make_job
@@ -277,3 +281,19 @@ def test_process_that_does_not_start_shows_its_log_without_secrets(open_children
 
     assert error.value.message == "stage 'StillBorn' did not start in a process of its own, as it did in its worker"
     assert error.value.log == "my key is ***\n(last 1 of 1 lines)"
+
+
+class Crowded(FrameRecords):
+    """A frame of which no rows can be taken, as there is no memory for them."""
+
+    def take(self, indices: Any) -> FrameRecords:
+        raise MemoryError
+
+
+def test_rows_for_which_there_is_no_memory_are_tried_as_fewer_and_break_no_contract():
+    rows = Rows(np.zeros(2, np.int64), np.arange(2))
+
+    failure = answer([], Call(JOINED, rows, 1, (0,)), {0: Crowded(pd.DataFrame({"n": [1, 2]}))})
+
+    assert isinstance(failure, InvocationFailed)
+    assert (failure.reason, failure.remedy) == ("MemoryError", Remedy.ISOLATE)

@@ -124,6 +124,7 @@ def test_csv_is_refused_as_json_since_it_would_have_to_be_parsed():
         ("image/png", CSV),
         ("text/html", JSON),
         ("application/vnd.model+json", CSV),
+        ("application/json-seq", JSON_LINES),
     ],
 )
 def test_what_is_of_another_type_is_refused_as_one_record_too(have: str, wanted: str):
@@ -164,6 +165,8 @@ def test_document_of_several_lines_brings_its_own_header(have: str):
     document = lines(b"a,b\n1,2\n", content_type=have)
 
     assert can_be_sent(document, CSV, header=True)
+    assert can_be_sent(lines(b"a,b\n"), CSV, header=True) is False
+    assert can_be_sent(lines(b"a,b\n", content_type="application/octet-stream"), CSV, header=True)
     assert bytes(encode_one(document, "text/csv; header=present", header=True)) == b"a,b\n1,2\n"
 
 
@@ -178,6 +181,12 @@ def test_json_that_was_printed_to_be_read_becomes_one_line_and_changes_in_nothin
     printed = lines(b'{\n"a":\r\n0.12345678901234567890, "a": 1e400, "b": "\\n"}', b"[1]", content_type=content_type)
 
     assert bytes(encode(printed, JSON_LINES)) == b'{ "a":  0.12345678901234567890, "a": 1e400, "b": "\\n"}\n[1]\n'
+
+
+@pytest.mark.parametrize("document", [b'{"a": "x\ny"}', b'{"a": 1}\n{"a": 2}', b"{\n" + b'"'])
+def test_what_is_no_json_document_is_not_made_one_by_putting_it_on_a_line(document: bytes):
+    with pytest.raises(ContentError, match="not JSON, so that it cannot be put on one line"):
+        encode(lines(document, content_type=JSON), JSON_LINES)
 
 
 def test_several_objects_are_refused_as_one_body():

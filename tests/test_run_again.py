@@ -185,21 +185,24 @@ def test_G1_a_resume_with_more_requests_in_flight_cuts_the_input_as_it_was_begun
     assert b"".join(jobs.part_bytes().values()).decode().splitlines() == rows["a"] + rows["b"][1:]
 
 
-def test_a_run_that_was_cut_otherwise_is_not_resumed(jobs: Jobs):
+@pytest.mark.parametrize(
+    ("written", "said"), [(r'"splits":1\1', r"\d+ splits"), ('"unsaid":0', "other splits")], ids=["other", "unsaid"]
+)
+def test_a_run_that_was_cut_otherwise_is_not_resumed(jobs: Jobs, written: str, said: str):
     run = jobs.start("run", jobs.job("stages:slow", **SPLITS))
     until(lambda: begun(jobs), within_s=60)
     run.kill()
     run.communicate(timeout=10)
     until(lambda: not jobs.processes())
     [first] = [path for path in jobs.hidden("*/journal/0*.jsonl") if '"type":"start"' in path.read_text()]
-    first.write_text(first.read_text().replace('"splits":', '"splits":1'))
+    first.write_text(re.sub(r'"splits":(\d+)', written, first.read_text()))
     jobs.write("go", "")
 
     refused = jobs.run("run", jobs.job("stages:slow", **SPLITS))
     anew = jobs.run("run", jobs.job("stages:slow", **SPLITS), "--restart")
 
     assert (refused.code, anew.code) == (7, 0), refused.err
-    assert re.search(r"the unfinished run was cut into \d+ splits, and would be cut into \d+ now", refused.err)
+    assert re.search(rf"the unfinished run was cut into {said}, and would be cut into \d+ now", refused.err)
     assert "next:  resume it with the batchpipe that began it; or add --restart" in refused.err
 
 

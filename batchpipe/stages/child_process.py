@@ -104,6 +104,10 @@ def answer(stages: Sequence[CallableStage], call: Call, kept: dict[int, FrameRec
 def _made(stages: Sequence[CallableStage], call: Call, kept: dict[int, FrameRecords]) -> Answer:
     try:
         records = cast("Records", call.records.of(kept) if isinstance(call.records, Rows) else call.records)
+    except MemoryError as error:
+        raise InvocationFailed(
+            "MemoryError", "too little memory to take them out of a frame", Remedy.ISOLATE
+        ) from error
     except Exception as error:
         message = f"a callable answers frames that cannot be joined: {error}"
         raise InvocationFailed(type(error).__name__, message, Remedy.NONE) from error
