@@ -189,7 +189,8 @@ def test_server_killed_from_outside_costs_no_record(
 ):
     rows = [f"!slow 0.1 {i}" for i in range(60)]
     run = jobs.start("run", write_job(jobs, [stage("model")], *rows), "--run-id", jobs.run_id)
-    until(lambda: servers() and jobs.hidden("*/journal/*"), 30)
+    # Not before it has answered: one that ends while it starts is told at once.
+    until(lambda: any('"schema"' in path.read_text() for path in jobs.hidden("*/journal/0*.jsonl")), 30)
 
     for server in servers():
         if stage is process_stage:
