@@ -273,8 +273,8 @@ def open_chain(job: Job, context: StageContext, watcher: Watcher | None, ended: 
     for stage, following in pairwise(stages):
         if isinstance(stage, CallableStage) and isinstance(following, CallableStage):
             stage.hands_on_frames = following.takes_frames
-    retries, patience_s = (spec.invocations_max_retries for spec in job.stages), job.on_error.no_progress_timeout_s
-    return Chain([Invoker(stage, each, patience_s) for stage, each in zip(stages, retries, strict=True)], loop)
+    patience_s, specs = job.on_error.no_progress_timeout_s, zip(stages, job.stages, strict=True)
+    return Chain([Invoker(stage, spec.invocations_max_retries, patience_s) for stage, spec in specs], loop)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

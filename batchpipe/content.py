@@ -56,6 +56,11 @@ def parse_content_type(content_type: str) -> tuple[str, dict[str, str]]:
     return _OTHER_NAMES.get(media_type, media_type), parameters
 
 
+def has_header(content_type: str) -> bool:
+    """Whether this type says that its rows come behind a header: ``text/csv; header=present`` (RFC 4180)."""
+    return parse_content_type(content_type)[1].get("header") == "present"
+
+
 def holds_many(content_type: str) -> bool:
     """Whether a body of this type holds any number of records; any other is one record."""
     return parse_content_type(content_type)[0] in TABULAR

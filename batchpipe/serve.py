@@ -189,7 +189,7 @@ class _Server:
         if isinstance(records, pa.Table):
             return records
         names = self._columns
-        if asked.media_type == CSV and _has_header(asked.content_type):
+        if asked.media_type == CSV and content.has_header(asked.content_type):
             names, records = take_header(records)
         return to_table(records, names) if self._stage.takes_table and can_be_table(records) else records
 
@@ -203,16 +203,12 @@ def _asked(request: web.Request, body: bytes) -> _Asked:
     return _Asked(content_type, media_type, "" if accept in ("*/*", "") else accept, is_bare)
 
 
-def _has_header(content_type: str) -> bool:
-    return content.parse_content_type(content_type)[1].get("header") == "present"
-
-
 def _natural_type(records: Records, asked: _Asked) -> str:
     """What to answer as where nobody asks: as the request came; bytes as what they are."""
     if asked.media_type == ARROW and isinstance(records, ByteRecords):
         return CSV  # the type of lines: a stream holds nothing but a table
     if asked.media_type in content.TABULAR:
-        has_names = isinstance(records, pa.Table) and _has_header(asked.content_type)
+        has_names = isinstance(records, pa.Table) and content.has_header(asked.content_type)
         return f"{CSV}; header=present" if has_names else asked.media_type
     return JSON_LINES if isinstance(records, pa.Table) else records.content_type
 
@@ -220,4 +216,4 @@ def _natural_type(records: Records, asked: _Asked) -> str:
 def _write(records: Records, accept: str, asked: _Asked) -> content.Body:
     if asked.is_bare and content.parse_content_type(accept)[0] == JSON and len(records) == 1:
         return content.encode_one(records, JSON)
-    return content.encode(records, accept, header=_has_header(accept))
+    return content.encode(records, accept, header=content.has_header(accept))

@@ -86,8 +86,8 @@ class Exchange:
         if not content.holds_many(answered):
             raise ContentError(f"records of {answered} cannot be counted; does `accept` name a type of many records?")
         records = content.decode(body, answered, answer_key=self.answer_key)
-        media_type, parameters = content.parse_content_type(answered)
-        if isinstance(records, ByteRecords) and media_type == content.CSV and parameters.get("header") == "present":
+        is_csv = content.parse_content_type(answered)[0] == content.CSV
+        if isinstance(records, ByteRecords) and is_csv and content.has_header(answered):
             names, records = take_header(records)
             return to_table(records, names)
         return records
@@ -102,7 +102,7 @@ class Exchange:
 
 
 def _wants_header(stage: "StageSpec") -> bool:
-    return stage.header or content.parse_content_type(stage.content_type or "")[1].get("header") == "present"
+    return stage.header or content.has_header(stage.content_type or "")
 
 
 def _uncounted(body: bytes, content_type: str, count: int) -> ByteRecords:
