@@ -6,6 +6,7 @@ publishes are the real ones; only a worker's part is played: a piece of a few by
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -44,6 +45,9 @@ from batchpipe.storage import Store, open_store
 
 KILLED, FROZEN = -signal.SIGKILL, -signal.SIGSTOP
 NEVER = 1_000_000
+HANGS_AFTER_S = 30
+"""A start takes well under a second. One that hangs shows its stacks and dies: a test that waited for it would wait
+in its tidying, too, and the child holds the pipes by which the death of the test's process would be seen."""
 REDRIVEN = b"answered after all\n"
 _CHANGES = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
@@ -157,6 +161,9 @@ class SmallRun:
 
     def _be_the_child(self, scratch: Path, kill_at: int, freeze_at: int, work: Callable[[], None]) -> NoReturn:
         code = 1
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        faulthandler.register(signal.SIGALRM, file=2, chain=True)
+        signal.alarm(HANGS_AFTER_S)
         try:
             scratch.mkdir()
             _count_writes(str(self.root), kill_at, freeze_at)

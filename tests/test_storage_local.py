@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from batchpipe.errors import BatchpipeError, InputError, OutputError
-from batchpipe.storage import ObjectExistsError, Pending, StaleError, open_store
+from batchpipe.errors import BatchpipeError, InputError, LockedError, OutputError
+from batchpipe.storage import ObjectExistsError, Pending, StaleError, flock, open_store
 from batchpipe.storage.explain import WRITING, explained
 
 STORE = open_store("/")
@@ -71,6 +71,18 @@ def test_of_racing_replacers_in_other_processes_one_wins(tmp_path: Path):
     racers = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(4)]
     texts = [racer.communicate(timeout=60)[1] for racer in racers]
     assert sorted(b"StaleError" in text for text in texts) == [False, True, True, True]
+
+
+def test_a_replacer_that_has_stopped_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(flock, "REPLACES_WITHIN_S", 0.1)
+    version = STORE.create(str(tmp_path / "x"), b"1")
+    with flock.locked_folder(tmp_path), pytest.raises(LockedError) as raised:
+        STORE.replace(str(tmp_path / "x"), b"2", version)
+    assert (raised.value.exit_code, raised.value.where) == (75, str(tmp_path))
+    assert "another process has held this folder for 0.1 s, as if it had stopped" in str(raised.value)
+    assert f"fuser -v {tmp_path}" in raised.value.next
+    STORE.replace(str(tmp_path / "x"), b"2", version)
+    assert names(tmp_path) == ["x"]
 
 
 def test_writing_leaves_only_what_was_written(tmp_path: Path):

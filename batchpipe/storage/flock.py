@@ -2,15 +2,20 @@
 
 import fcntl
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
-from batchpipe.errors import OutputError
+from batchpipe.errors import LockedError, OutputError
 from batchpipe.storage import owner as owners
 from batchpipe.storage.durable import make_folder
+
+REPLACES_WITHIN_S = 10.0
+"""How long another process is waited for that replaces a file in a folder. That takes it no longer than a sync."""
+POLL_S = 0.02
 
 
 class FileLock:
@@ -81,3 +86,34 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
     ours = os.fstat(descriptor)
     return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold off whoever else replaces a file there. NFS locks no folder: there the run's lock alone keeps them apart.
+
+    Raises LockedError (75) where another process has stopped in the midst of it: should it ever go on, it must find
+    the file that it has compared.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            _lock_within(descriptor, REPLACES_WITHIN_S, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock_within(descriptor: int, seconds: float, folder: Path) -> None:
+    began = time.monotonic()
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - began >= seconds:
+                raise LockedError(
+                    f"another process has held this folder for {seconds:g} s, as if it had stopped while it published",
+                    where=str(folder),
+                    next=f"end it (fuser -v {folder} tells which one), then run the same command again: it resumes",
+                ) from None
+            time.sleep(POLL_S)

@@ -4,7 +4,6 @@ Everything that is made visible is first written beside or in the staging folder
 """
 
 import errno
-import fcntl
 import hashlib
 import io
 import os
@@ -12,7 +11,6 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from batchpipe.split import WHOLE
 from batchpipe.storage.address import Pattern, has_wildcard, is_data, resolve
 from batchpipe.storage.durable import link, make_folder, place, rename, sync, write_beside
 from batchpipe.storage.explain import LISTING, READING, WRITING, explained
-from batchpipe.storage.flock import FileLock
+from batchpipe.storage.flock import FileLock, locked_folder
 from batchpipe.storage.listing import walk_files
 from batchpipe.storage.pending import Pending, PendingWriter
 from batchpipe.storage.store import (
@@ -99,7 +97,7 @@ class LocalStore:
     def replace(self, uri: str, data: bytes, version: str) -> str:
         """Compares and renames under a lock on the folder, so of two that replace the same version one is refused."""
         path = Path(resolve(uri))
-        with explained(WRITING, str(path)), _locked_folder(path.parent):
+        with explained(WRITING, str(path)), locked_folder(path.parent):
             if not path.exists() or str(path.stat().st_mtime_ns) != version:
                 raise StaleError(f"cannot replace {str(path)!r}: it was changed by somebody else")
             temporary = write_beside(path, data)
@@ -237,15 +235,3 @@ def _holds(path: Path, pending: Pending) -> bool:
         return False
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == pending.sha256
-
-
-@contextmanager
-def _locked_folder(folder: Path) -> Iterator[None]:
-    """Hold off other replacers. NFS cannot lock a folder: there the run's lock alone keeps them apart."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
