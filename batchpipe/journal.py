@@ -1,23 +1,26 @@
 """The journal of a run: what has settled, appended in small segments and replayed by the next start.
 
-Segments are ``<epoch>-<number>.jsonl``, each created only if absent. Every start of a run is an epoch of its own and
-first writes down how far it accepts the earlier ones, so a late writer of an older epoch is never believed (G2).
+Every start of a run is an epoch of its own, begun with ``<epoch>-00000000.jsonl``, which is created only if absent: in
+it stand its token, and how far it accepts the earlier epochs. What it appends are ``<epoch>-<number>-<token>.jsonl``.
+So a late writer is never believed (G2): not of an older epoch, and not of one whose number was given again because the
+journal was dropped meanwhile.
 """
 
 import json
 import re
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from batchpipe.errors import OutputError
 from batchpipe.storage import ObjectMissingError, Store, join
 
-_SEGMENT = re.compile(r"(\d{6,})-(\d{8,})\.jsonl")
+_SEGMENT = re.compile(r"(\d{6,})-(\d{8,})(?:-(\w+))?\.jsonl")
 FLUSH_S = 1.0
 FLUSH_ENTRIES = 500
 READERS = 16
@@ -26,11 +29,19 @@ READERS = 16
 Entry = dict[str, Any]
 
 
+class _Accepted(NamedTuple):
+    """How far an epoch counts: to this number of a segment, of those that carry this token."""
+
+    last: int
+    token: str
+
+
 class Journal:
     """The open journal of one run. Entries are plain JSON objects with a ``type``."""
 
-    def __init__(self, store: Store, folder: str, epoch: int, accepted: Mapping[int, int]) -> None:
+    def __init__(self, store: Store, folder: str, epoch: int, accepted: Mapping[int, _Accepted]) -> None:
         self.epoch = epoch
+        self.token = secrets.token_hex(4)
         self._store = store
         self._folder = folder
         self._accepted = dict(accepted)
@@ -56,7 +67,7 @@ class Journal:
         if not self._waiting:
             return
         data = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in self._waiting)
-        name = _segment(self.epoch, self._number)
+        name = _segment(self.epoch, self._number, self.token)
         try:
             self._store.create(join(self._folder, name), data.encode())
         except FileExistsError as error:
@@ -81,30 +92,50 @@ def open_journal(store: Store, folder: str) -> Journal:
     Raises OutputError if another start begins the same epoch at this moment.
     """
     accepted = _accepted(store, folder)
-    journal = Journal(store, folder, max(accepted, default=0) + 1, accepted)
-    journal.append("epoch", accepts={str(epoch): number for epoch, number in accepted.items()})
+    return _begin_epoch(store, folder, max(accepted, default=0) + 1, accepted)
+
+
+def revoke_journal(store: Store, folder: str) -> str:
+    """Begin an epoch that accepts nothing; the URI of its only segment, which must be the last of all to be removed.
+
+    Until it is, nothing of the journal counts, whatever else of it is removed first and whatever a late writer adds.
+    """
+    journal = _begin_epoch(store, folder, max(_accepted(store, folder), default=0) + 1, {})
+    return join(folder, _segment(journal.epoch, 0, ""))
+
+
+def _begin_epoch(store: Store, folder: str, epoch: int, accepted: Mapping[int, _Accepted]) -> Journal:
+    journal = Journal(store, folder, epoch, accepted)
+    journal.append("epoch", token=journal.token, accepts=accepted)
     journal.flush()
     return journal
 
 
-def _accepted(store: Store, folder: str) -> dict[int, int]:
-    """The last segment of each epoch that counts: all of the newest, of the older ones what the newest accepted."""
-    last: dict[int, int] = {}
+def _accepted(store: Store, folder: str) -> dict[int, _Accepted]:
+    """What of each epoch counts: all of the newest, of the older ones what the newest accepted."""
+    last: dict[tuple[int, str], int] = {}
     begun: set[int] = set()
     # A kill may leave a file that was about to become a segment: it has another name, and never counts.
     named = (_SEGMENT.fullmatch(found.uri.rpartition("/")[2]) for found in store.iter_folder(folder))
-    for epoch, number in (map(int, match.groups()) for match in named if match):
-        last[epoch] = max(last.get(epoch, -1), number)
-        begun |= {epoch} if number == 0 else set()
+    for epoch, number, token in (match.groups() for match in named if match):
+        if token:
+            last[int(epoch), token] = max(last.get((int(epoch), token), 0), int(number))
+        else:
+            begun.add(int(epoch))
     if not begun:  # what a late writer put where the journal has been removed is none
         return {}
     newest = max(begun)
-    first = json.loads(store.read(join(folder, _segment(newest, 0))).splitlines()[0])
-    return {**{int(epoch): number for epoch, number in first["accepts"].items()}, newest: last[newest]}
+    first = json.loads(store.read(join(folder, _segment(newest, 0, ""))).splitlines()[0])
+    older = {int(epoch): _Accepted(*accepted) for epoch, accepted in first["accepts"].items()}
+    return {**older, newest: _Accepted(last.get((newest, first["token"]), 0), first["token"])}
 
 
-def _entries(store: Store, folder: str, accepted: Mapping[int, int]) -> Iterator[Entry]:
-    names = (_segment(epoch, number) for epoch, last in sorted(accepted.items()) for number in range(last + 1))
+def _entries(store: Store, folder: str, accepted: Mapping[int, _Accepted]) -> Iterator[Entry]:
+    names = (
+        _segment(epoch, number, token)
+        for epoch, (last, token) in sorted(accepted.items())
+        for number in range(last + 1)
+    )
     with ThreadPoolExecutor(READERS, thread_name_prefix="journal") as threads:
         while some := [join(folder, name) for name in islice(names, READERS)]:
             for data in threads.map(partial(_read, store), some):
@@ -118,5 +149,6 @@ def _read(store: Store, segment: str) -> bytes:
     return b""
 
 
-def _segment(epoch: int, number: int) -> str:
-    return f"{epoch:06d}-{number:08d}.jsonl"
+def _segment(epoch: int, number: int, token: str) -> str:
+    """The first one's name has no token: of two starts that begin the same epoch only one can create it."""
+    return f"{epoch:06d}-{number:08d}-{token}.jsonl" if number else f"{epoch:06d}-{number:08d}.jsonl"

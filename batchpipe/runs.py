@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from batchpipe.journal import read_journal
+from batchpipe.journal import read_journal, revoke_journal
 from batchpipe.manifest import SplitResult
 from batchpipe.orders import HIDDEN
 from batchpipe.storage import Pending, Store, is_scrap, join, relative
@@ -74,8 +74,13 @@ def discard_scraps(store: Store, folder: RunFolder) -> None:
 
 
 def discard_run(store: Store, folder: RunFolder) -> None:
-    """Drop an unfinished run: its pending pieces, its journal, its quarantine."""
+    """Drop an unfinished run: its pending pieces, its quarantine, its journal.
+
+    The journal first says that nothing of it counts: else a kill half-way would leave one that names what is gone.
+    """
+    last = revoke_journal(store, folder / "journal")
     discard_each(store, iter_pending(store, folder))
+    store.delete(found.uri for found in store.iter_folder(folder.uri) if found.uri != last)
     store.remove_folder(folder.uri)
 
 

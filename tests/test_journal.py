@@ -3,7 +3,7 @@
 import pytest
 
 from batchpipe.errors import OutputError
-from batchpipe.journal import Journal, open_journal, read_journal
+from batchpipe.journal import Journal, open_journal, read_journal, revoke_journal
 from batchpipe.storage import Store, open_store
 
 
@@ -64,6 +64,40 @@ def test_a_late_writer_of_an_older_epoch_is_not_believed(tmp_path, store):
 
     assert numbers(read_journal(store, str(tmp_path))) == [1, 3]
     assert numbers(open_journal(store, str(tmp_path)).replay()) == [1, 3]
+
+
+def test_a_late_writer_is_not_believed_where_the_journal_was_dropped_and_its_epoch_begun_again(tmp_path, store):
+    late = open_journal(store, str(tmp_path))
+    late.append("split", n=1)
+    late.flush()
+    store.remove_folder(str(tmp_path))
+    current = open_journal(store, str(tmp_path))
+    late.append("split", n=2)
+    late.flush()
+    current.append("split", n=3)
+    current.flush()
+    late.append("split", n=4)
+    late.flush()
+
+    assert late.epoch == current.epoch
+    assert numbers(read_journal(store, str(tmp_path))) == [3]
+    assert numbers(open_journal(store, str(tmp_path)).replay()) == [3]
+
+
+def test_a_journal_that_was_revoked_has_no_entries_whatever_is_removed_or_added(tmp_path, store):
+    late = open_journal(store, str(tmp_path))
+    late.append("split", n=1)
+    late.flush()
+
+    last = revoke_journal(store, str(tmp_path))
+    late.append("split", n=2)
+    late.flush()
+
+    assert numbers(read_journal(store, str(tmp_path))) == []
+    for found in [found for found in store.iter_folder(str(tmp_path)) if found.uri != last]:
+        store.delete([found.uri])
+        assert numbers(read_journal(store, str(tmp_path))) == []
+    assert numbers(open_journal(store, str(tmp_path)).replay()) == []
 
 
 def test_two_starts_cannot_share_an_epoch(tmp_path, store):
