@@ -38,6 +38,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("container"))
 
 
+class FailuresToldAtOnce:
+    """Prints what failed where it fails, too: who ends a suite that hangs never sees the summary."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"{report.nodeid} ({report.when}) failed:\n{report.longreprtext}", red=True)
+
+
+@pytest.hookimpl(trylast=True)  # once there is a terminal reporter; a process that only runs tests has none of its own
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailuresToldAtOnce(terminal))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip here and not in a fixture: all such skips then share one line of the report."""
     if not item.get_closest_marker("container") or find_engine():
