@@ -157,9 +157,13 @@ class Blocked:
 
     def __init__(self, place: Place) -> None:
         place.put(**FOUR)
-        self.job = place.job()
+        self.job = place.job(on_error={"no_progress_timeout_s": 45})  # with it, it would say what it waits for
         self.process = place.jobs.start("run", self.job)
-        until(lambda: len(place.journaled()) >= 2 and place.uploads() > place.journaled(), 60)
+        until(lambda: self.is_blocked(place), 60)
+
+    def is_blocked(self, place: Place) -> bool:
+        assert self.process.poll() is None, self.process.communicate()
+        return len(place.journaled()) >= 2 and place.uploads() > place.journaled()
 
     def end(self, how: str, jobs: Jobs) -> int:
         """End the run, and say how it ended."""
