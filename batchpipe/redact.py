@@ -4,9 +4,11 @@ The places are the values under `storage_options`, `environment` and `headers`, 
 Pure: knows mappings and text, not the models.
 """
 
+import html
 import json
 import os
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ _OTHER_QUERY = re.compile(r"(://\S*?)\?([\w.~-]+=[^#\s]*)")
 _AUTH_SCHEME = re.compile(r"(?:basic|bearer|digest|negotiate|token|apikey)\s+(\S.*)", re.IGNORECASE | re.DOTALL)
 _TRIVIAL = re.compile(r".{0,3}|\d{1,5}|true|false|none|null", re.IGNORECASE | re.DOTALL)
 _SHORT = 8
+_AS_GO_WRITES_JSON = str.maketrans({char: f"\\u{ord(char):04x}" for char in "<>&"})
 
 
 def clean_uri(uri: str) -> str:
@@ -63,9 +66,10 @@ def secrets_at_work(job: "BaseModel | Mapping[str, Any]") -> frozenset[str]:
 def secrets_of(job: "BaseModel | Mapping[str, Any]") -> frozenset[str]:
     """Return what `mask` should hide of *job*: its secret values as logs and error bodies may spell them.
 
-    That is each value as it stands, its lines, what follows an authentication scheme (`Bearer ...`), and its JSON,
-    Python and percent-encoded spellings. Left out, because hiding them would garble any log: fewer than
-    4 characters, numbers below six digits, and true, false, none and null. They are still never written by place.
+    That is each value as it stands, its lines, what follows an authentication scheme (`Bearer ...`), a URL's user and
+    password as they are sent, and the JSON, Python, HTML and percent-encoded spellings of these. Left out, because
+    hiding them would garble any log: fewer than 4 characters, numbers below six digits, and true, false, none and
+    null. They are still never written by place.
     """
     document = job if isinstance(job, Mapping) else job.model_dump(by_alias=True)
     spellings = {spelling for secret in _iter_secrets(document) for spelling in _iter_spellings(secret)}
@@ -116,6 +120,7 @@ def _iter_url_secrets(text: str) -> Iterator[str]:
     for userinfo in _USERINFO.findall(text):
         yield userinfo
         yield userinfo.partition(":")[2]
+        yield b64encode(unquote(userinfo).encode()).decode()  # what is sent: Basic authentication, RFC 7617
     for pattern in (_HTTP_QUERY, _OTHER_QUERY):
         for _, query in pattern.findall(text):
             yield query
@@ -128,7 +133,10 @@ def _iter_spellings(secret: str) -> Iterator[str]:
     if scheme := _AUTH_SCHEME.fullmatch(stripped):
         parts.add(scheme[1])
     for part in parts:
-        yield from (part, quote(part, safe=""), quote_plus(part), json.dumps(part)[1:-1], repr(part)[1:-1])
+        in_json = json.dumps(part)[1:-1]
+        yield from (part, quote(part, safe=""), quote_plus(part), in_json, repr(part)[1:-1], html.escape(part))
+        yield in_json.replace("/", "\\/")  # as PHP writes JSON
+        yield in_json.translate(_AS_GO_WRITES_JSON)
 
 
 @lru_cache(maxsize=16)

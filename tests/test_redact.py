@@ -91,6 +91,19 @@ def test_secrets_of_headers_urls_and_multiline_values_are_masked_apart():
     assert {"first line", "second line"} <= secrets
 
 
+def test_password_of_a_url_is_masked_as_it_is_sent():
+    secrets = secrets_of({"stages": [{"endpoint": {"url": "http://bob:hunter%2F2secret@host/x"}}]})
+
+    assert mask("Authorization: Basic Ym9iOmh1bnRlci8yc2VjcmV0", secrets) == f"Authorization: Basic {MASK}"
+
+
+@pytest.mark.parametrize("spelled", ["a\\/b&c<secret", "a/b\\u0026c\\u003csecret", "a/b&amp;c&lt;secret"])
+def test_secret_is_masked_as_other_languages_write_it(spelled: str):
+    assert (
+        mask(f'{{"token":"{spelled}"}}', secrets_of({"environment": {"T": "a/b&c<secret"}})) == f'{{"token":"{MASK}"}}'
+    )
+
+
 def test_trivial_values_are_not_masked_by_value():
     environment = {"A": "abc", "B": "8080", "C": "true", "D": "None", "E": "123456", "F": "debug"}
 
