@@ -169,6 +169,11 @@ class Stage(BaseHTTPRequestHandler):
         self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.answer(body, content_type)
 
+    def do_promise(self, body: bytes, content_type: str) -> None:
+        """Say that an answer will follow, and close."""
+        self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.close_connection = True
+
     def do_together(self, body: bytes, content_type: str, count: str) -> None:
         """Answer when so many requests are here at once."""
         with lock:

@@ -41,7 +41,7 @@ class Connections:
     Belongs to the event loop that first posts, and is closed from another thread.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str], method: str = "POST") -> None:
         parts = urlsplit(url)
         assert parts.hostname
         self._host, self._port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
@@ -51,7 +51,7 @@ class Connections:
         if parts.username is not None:
             user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             lines["Authorization"] = f"Basic {b64encode(user.encode()).decode()}"
-        self._head = f"POST {target} HTTP/1.1\r\n{_lines({**lines, **headers})}".encode()
+        self._head = f"{method} {target} HTTP/1.1\r\n{_lines({**lines, **headers})}".encode()
         self._idle: list[_Connection] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -80,7 +80,7 @@ class Connections:
         self._closed = True
         if self._loop and self._loop.is_running():
             with suppress(TimeoutError):
-                asyncio.run_coroutine_threadsafe(self._close_idle(), self._loop).result(CLOSE_S)
+                asyncio.run_coroutine_threadsafe(self.close_idle(), self._loop).result(CLOSE_S)
 
     async def _connect(self) -> "_Connection":
         self._loop = asyncio.get_running_loop()
@@ -99,7 +99,8 @@ class Connections:
             connection.transport.close()
         return answer
 
-    async def _close_idle(self) -> None:
+    async def close_idle(self) -> None:
+        """Close every idle connection, from the loop itself."""
         closing, self._idle = self._idle, []
         for connection in closing:
             connection.transport.abort()
@@ -179,7 +180,8 @@ class _Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         sized = "content-length" in self._headers or "chunked" in self._headers.get("transfer-encoding", "").lower()
-        self._ends_with_connection = not sized
+        is_final = self._parser.get_status_code() >= 200  # behind 100 Continue and its like another one must follow
+        self._ends_with_connection = is_final and not sized
 
     def on_body(self, body: bytes) -> None:
         self._body.append(body)

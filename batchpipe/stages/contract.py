@@ -162,7 +162,7 @@ def ask_advice(host: str, port: int, check: Callable[[], None]) -> Advice:
         except (OSError, http.client.HTTPException):
             status, body = 0, b""
         if status == http.HTTPStatus.OK:
-            return _advice_in(body)
+            return advice_in(body)
         if 0 < status < 500 and status not in BUSY:
             break
         errors += status not in BUSY
@@ -170,7 +170,8 @@ def ask_advice(host: str, port: int, check: Callable[[], None]) -> Advice:
     return Advice()
 
 
-def _advice_in(body: bytes) -> Advice:
+def advice_in(body: bytes) -> Advice:
+    """What an answer of ``/execution-parameters`` says; nothing, where it is not JSON."""
     try:
         return Advice.of(json.loads(body))
     except (ValueError, RecursionError):
