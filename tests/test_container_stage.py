@@ -126,10 +126,11 @@ def test_capability_is_given_back_by_name(open_server: Open):
     assert int(state_of(open_server(cap_add=["NET_BIND_SERVICE"]))["capabilities"], 16) == 1 << 10
 
 
-def test_model_cannot_be_written(open_server: Open, tmp_path: Path):
-    (tmp_path / "model").mkdir()
+@pytest.mark.parametrize("name", ["model", 'of "may", june'])
+def test_model_cannot_be_written(open_server: Open, tmp_path: Path, name: str):
+    (tmp_path / name).mkdir()
 
-    stage = open_server(model_data=str(tmp_path / "model"))
+    stage = open_server(model_data=str(tmp_path / name))
 
     assert stage.csv("!write /opt/ml/model/x") == ["OSError,Read-only file system"]
 
@@ -146,6 +147,14 @@ def test_limits_of_the_job_reach_the_engine():
     assert not [
         argument for argument in arguments if "host" in argument or "privileged" in argument.replace("no-new-", "")
     ]
+
+
+def test_each_restriction_is_loosened_by_its_name():
+    loose = spec(new_privileges=True, init=False, cap_add=["NET_RAW"])
+    arguments = run_arguments(loose, "docker", copy=0, model=None)
+
+    assert "--cap-add=NET_RAW" in arguments
+    assert not {"--init", "--security-opt=no-new-privileges"} & set(arguments)
 
 
 @pytest.mark.parametrize(
@@ -184,10 +193,11 @@ def test_port_of_the_users_environment_is_the_one_published(open_server: Open):
 
 
 def test_values_with_newlines_and_spaces_arrive(open_server: Open):
-    environment = {"A": 'x = "1" # y ', "KEY": "line 1\nline 2"}
+    environment = {"A": 'x = "1" # y ', "KEY": "line 1\nline 2", "END": "x\r", "LONG": "x" * 70_000}
     stage = open_server(environment=environment, batch={"max_records": 1})
 
     assert stage.csv("!environment A KEY") == ['"x = ""1"" # y ","line 1\nline 2"']
+    assert stage.csv("!environment END LONG") == [f'"x\r",{"x" * 70_000}']
 
 
 def test_G7_secrets_are_not_among_the_arguments_of_a_command(

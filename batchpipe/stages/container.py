@@ -4,6 +4,7 @@ Labels say whose it is: the watcher removes by them what a killed worker leaves.
 """
 
 import json
+import re
 import threading
 import time
 import uuid
@@ -33,6 +34,8 @@ OOM_FILE = "oom"
 SERVE_PORT = 8080
 SAFE_RANGE = "8081-8999"
 MAX_LOG_MB = 8
+LONGEST_LINE = 10_000
+"""Of a file of variables; docker's reader ends at 64 KiB, the variable's name among them."""
 INSPECT_EVERY_S = 0.2
 
 
@@ -96,7 +99,9 @@ def run_arguments(stage: "StageSpec", engine: str, *, copy: int, model: Path | N
     """The options of ``run`` that the job decides: limits, what is taken away, what the job gives back."""
     spec = stage.container
     assert spec
-    arguments = ["--cap-drop=ALL", "--security-opt=no-new-privileges", "--init", f"--pids-limit={spec.pids}"]
+    arguments = ["--cap-drop=ALL", f"--pids-limit={spec.pids}"]
+    arguments += [] if spec.new_privileges else ["--security-opt=no-new-privileges"]
+    arguments += ["--init"] if spec.init else []
     arguments += [f"--cap-add={capability}" for capability in spec.cap_add]
     if spec.cpus:
         arguments.append(f"--cpus={spec.cpus:g}")
@@ -106,7 +111,10 @@ def run_arguments(stage: "StageSpec", engine: str, *, copy: int, model: Path | N
     if spec.shm_mb:
         arguments.append(f"--shm-size={int(spec.shm_mb * MB)}b")
     if model:
-        arguments.append(f"--mount=type=bind,source={model},target=/opt/ml/model,readonly")
+        source = f"source={model}"
+        if set(source) & set(',"'):  # the engine reads a row of CSV
+            source = '"' + source.replace('"', '""') + '"'
+        arguments.append(f"--mount=type=bind,{source},target=/opt/ml/model,readonly")
     devices = devices_of(stage, copy)
     if devices and engine == "podman":
         arguments += [f"--device=nvidia.com/gpu={device}" for device in devices]
@@ -157,8 +165,8 @@ def _start(
 
     Values go by a file of ours, or by the environment of the command, never by its arguments, which all may read.
     """
-    lines = {name: value for name, value in environment.items() if "\n" not in value}
-    others = {name: value for name, value in environment.items() if "\n" in value}
+    lines = {name: value for name, value in environment.items() if _is_line(value)}
+    others = {name: value for name, value in environment.items() if not _is_line(value)}
     file = folder / "environment"
     file.touch(mode=0o600)
     file.write_text("".join(f"{name}={value}\n" for name, value in lines.items()), encoding="utf-8")
@@ -167,6 +175,11 @@ def _start(
         engine.create(["run", "--detach", *variables, *arguments, "serve"], others, watcher, folder)
     finally:
         file.unlink()
+
+
+def _is_line(value: str) -> bool:
+    """Whether the engine reads this from a file as it was written: a line, without a return, of some length."""
+    return not re.search(r"[\r\n]", value) and len(value) < LONGEST_LINE
 
 
 def _try(engine: Engine, *arguments: str) -> None:
