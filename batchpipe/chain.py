@@ -20,9 +20,10 @@ import numpy as np
 
 from batchpipe.batch import MiniBatch, Records
 from batchpipe.errors import PoolError
-from batchpipe.invoke import FailedRecord, FailureLimit, Invoker, Outcome
+from batchpipe.invoke import Invoker
 from batchpipe.job import Job
 from batchpipe.manifest import StageStats
+from batchpipe.outcome import FailedRecord, FailureLimit, Outcome
 from batchpipe.stages import InvocationFailed, StageContext, open_stage
 from batchpipe.stages.callable import CallableStage
 from batchpipe.stages.child import ChildStage, SharedProcess

@@ -6,16 +6,13 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import TypeAlias
 
-import numpy as np
-import pyarrow as pa
-
-from batchpipe.batch import ByteRecords, Int64s, Records, concat_records, slice_records
+from batchpipe.batch import ByteRecords, Records, slice_records
 from batchpipe.errors import RecordsFailedError
 from batchpipe.manifest import StageStats
+from batchpipe.outcome import NONE, FailedRecord, FailureLimit, Outcome, Part, Stats, outvoted
 from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, OpenStage, Remedy
 
 FIRST_DELAY_S = 0.2
@@ -25,77 +22,6 @@ FAILURES_IN_A_ROW = 100
 DEATH_WEIGHT = 5
 """What the death of a server counts for among those failures: each costs the start of another one."""
 DEATHS_THAT_PROVE = 2
-
-Stats: TypeAlias = dict[str, StageStats]
-
-NONE: Int64s = np.empty(0, np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class FailedRecord:
-    """A record that failed for good: its place among those sent, the stage, why, and after how many attempts."""
-
-    place: int
-    stage: str
-    why: InvocationFailed
-    attempts: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """What became of the records sent: answers with the places they belong to, failures, and places dropped."""
-
-    records: Records | None
-    places: Int64s
-    failed: tuple[FailedRecord, ...] = ()
-    dropped: Int64s = field(default_factory=lambda: NONE)
-
-    @classmethod
-    def merge(cls, parts: Iterable[tuple[int, "Outcome"]]) -> "Outcome":
-        """Put outcomes of consecutive slices together; each comes with the place its slice begins at.
-
-        Raises TypeError where nothing can hold all answers: tables and bytes, or columns of other types.
-        """
-        shifted = [(first, outcome) for first, outcome in parts]
-        records = [outcome.records for _, outcome in shifted if outcome.records is not None and len(outcome.places)]
-        if len({type(each) for each in records}) > 1:
-            raise TypeError("some records as a table and others as bytes")
-        try:
-            together = concat_records(records) if records else None
-        except pa.ArrowException as exc:
-            raise TypeError(f"some records with other types than others: {exc}") from exc
-        return cls(
-            together,
-            np.concatenate([outcome.places + first for first, outcome in shifted]),
-            tuple(_moved(failed, first) for first, outcome in shifted for failed in outcome.failed),
-            np.concatenate([outcome.dropped + first for first, outcome in shifted]),
-        )
-
-
-def _moved(failed: FailedRecord, by: int) -> FailedRecord:
-    return FailedRecord(failed.place + by, failed.stage, failed.why, failed.attempts)
-
-
-@dataclass(slots=True)
-class FailureLimit:
-    """How many more records of this split may fail before it stops itself; None is no limit."""
-
-    allowed: int | None
-    found: int = 0
-    allowed_slow: int | None = None
-    """How many of them may be such that took further attempts, or a server's life."""
-    slow: int = 0
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether more records failed than are allowed, so that finding further ones is of no use."""
-        limits = ((self.found, self.allowed), (self.slow, self.allowed_slow))
-        return any(allowed is not None and found > allowed for found, allowed in limits)
-
-    def add(self, why: InvocationFailed) -> None:
-        """Count a record that a stage failed for."""
-        self.found += 1
-        self.slow += why.remedy in (Remedy.RETRY, Remedy.DIED)
 
 
 class Invoker:
@@ -148,7 +74,7 @@ class Invoker:
             else:
                 self._failed_in_row = 0
                 self._proof = _one_of(records) if self._proof is None else self._proof
-                return _answered(answer, len(records), self.stage.name, search.stats)
+                return Outcome.of(answer, len(records), self.stage.name, search.stats)
 
     async def _give_up(self, records: Records, search: "_Search", tries: "_Tries", why: InvocationFailed) -> Outcome:
         """After the last attempt: a single record has failed, others are sought by halving."""
@@ -185,13 +111,24 @@ class Invoker:
         middle = len(records) // 2
         left = await self._settle(slice_records(records, 0, middle), search)
         right = await self._settle(slice_records(records, middle, len(records)), search)
-        return self._merge([(0, left), (middle, right)])
+        return self._merge([(0, left), (middle, right)], search)
 
-    def _merge(self, parts: Iterable[tuple[int, Outcome]]) -> Outcome:
+    def _merge(self, parts: Iterable[Part], search: "_Search") -> Outcome:
         try:
-            return Outcome.merge(parts)
+            return Outcome.merge(self._without_outvoted(list(parts), search))
         except TypeError as exc:
             raise self._breaks_contract(f"answered {exc}") from exc
+
+    def _without_outvoted(self, parts: list[Part], search: "_Search") -> list[Part]:
+        """Fail the records that were answered as another type than most of their mini-batch."""
+        odd = outvoted(parts)
+        for place, (first, outcome) in enumerate(parts):
+            if first in odd:
+                count = len(outcome.places)
+                search.limit.add(odd[first], count)
+                search.stats[self.stage.name] += StageStats(answered=-count, failed=count)
+                parts[place] = (first, outcome.failing(self.stage.name, odd[first]))
+        return parts
 
     async def _each(self, records: Records, search: "_Search") -> Outcome:
         """Send a stage that takes one record a request each by itself: one that fails is tried again alone, at once.
@@ -225,7 +162,7 @@ class Invoker:
         finally:
             for runner in running:
                 runner.cancel()
-        return self._merge(sorted(outcomes.items(), key=itemgetter(0)))
+        return self._merge(sorted(outcomes.items(), key=itemgetter(0)), search)
 
     async def _attempt(self, records: Records, stats: Stats, *, alone: bool) -> Answer:
         started = time.perf_counter()
@@ -329,15 +266,6 @@ def _one_of(records: Records) -> Records:
     """The first record, in memory of its own: a slice would keep its whole mini-batch."""
     one = slice_records(records, 0, 1)
     return ByteRecords.concat([one]) if isinstance(one, ByteRecords) else one.take([0])
-
-
-def _answered(answer: Answer, sent: int, name: str, stats: Stats) -> Outcome:
-    if answer.kept is None:
-        stats[name] += StageStats(answered=sent)
-        return Outcome(answer.records, np.arange(sent, dtype=np.int64))
-    places, dropped = np.flatnonzero(answer.kept), np.flatnonzero(~answer.kept)
-    stats[name] += StageStats(answered=len(places), dropped=len(dropped))
-    return Outcome(answer.records, places.astype(np.int64), (), dropped.astype(np.int64))
 
 
 def _delay_s(attempts: int, retry_after_s: float | None) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from batchpipe.batch import Records
-from batchpipe.invoke import Outcome
+from batchpipe.outcome import Outcome
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from batchpipe.batch import Records
 from batchpipe.chain import new_stats
 from batchpipe.errors import RecordsFailedError
-from batchpipe.invoke import FailureLimit, Invoker, Outcome
+from batchpipe.invoke import Invoker
+from batchpipe.outcome import FailureLimit, Outcome
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 from tests.doubling import Doubling, column
 

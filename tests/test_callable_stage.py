@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from batchpipe.errors import JobError, RecordsFailedError, StageStartError
-from batchpipe.invoke import Outcome
 from batchpipe.job import Job
 from batchpipe.jobfile import load_job
+from batchpipe.outcome import Outcome
 from batchpipe.transform import run_chain
 
 TABLE = pa.table({"n": pa.array(range(8), pa.int64())})

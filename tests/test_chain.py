@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from batchpipe.batch import MiniBatch, Origins, Records
 from batchpipe.chain import Chain, Slots, StageRefused, _run, new_stats
 from batchpipe.errors import PoolError
-from batchpipe.invoke import FailureLimit, Invoker
+from batchpipe.invoke import Invoker
 from batchpipe.orders import Orders, Place, Schemas
+from batchpipe.outcome import FailureLimit
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 from tests.doubling import Doubling, numbers_of
 from tests.jobs import until

@@ -15,7 +15,7 @@ from batchpipe.batch import MiniBatch, Origins, Records
 from batchpipe.chain import Chain, StageRefused, new_stats, open_chain
 from batchpipe.convert.frames import FrameRecords
 from batchpipe.errors import PoolError, StageStartError
-from batchpipe.invoke import FailureLimit, Outcome
+from batchpipe.outcome import FailureLimit, Outcome
 from batchpipe.redact import secrets_of
 from batchpipe.stages import InvocationFailed, Remedy, StageContext
 from batchpipe.stages.child_process import Call, answer

@@ -15,7 +15,8 @@ from batchpipe import invoke
 from batchpipe.batch import ByteRecords, Records
 from batchpipe.chain import new_stats
 from batchpipe.errors import RecordsFailedError
-from batchpipe.invoke import FailureLimit, Invoker, Outcome
+from batchpipe.invoke import Invoker
+from batchpipe.outcome import FailureLimit, Outcome
 from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, Remedy
 from tests.doubling import Doubling, column, numbers_of
 
