@@ -1,6 +1,5 @@
 """The reading side of a split: its records as mini-batches, and the account of what became of each (G1)."""
 
-import codecs
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -15,9 +14,10 @@ from batchpipe.batch import ByteRecords, MiniBatch, Origins, iter_batches
 from batchpipe.convert import BadRecord
 from batchpipe.formats import FORMATS, RangeReader, misfit_error
 from batchpipe.formats.compression import compression_of
-from batchpipe.invoke import FailedRecord, FailureLimit, Outcome
+from batchpipe.formats.encodings import record_encoding
 from batchpipe.manifest import READING, Accounts, Failure, RangeResult
 from batchpipe.orders import Orders
+from batchpipe.outcome import FailedRecord, FailureLimit, Outcome
 from batchpipe.picks import PickedRange
 from batchpipe.quarantine import Quarantine
 from batchpipe.redact import clean_uri, mask, secrets_at_work
@@ -58,9 +58,9 @@ class Source:
         self._secrets = secrets_at_work(orders.job)
         self._unparsed: list[tuple[int, int]] = []
         """Range and ordinal of records whose placeholders wait for the answers before them to be written."""
-        # Bytes may be passed on as they are only if they hold the columns asked for, in the encoding that is expected.
-        picks = self._schema is not None and not self._schema.is_whole
-        self._must_parse = picks or codecs.lookup(self._job.input.encoding).name != "utf-8"
+        # Bytes may be passed on as they are only if they hold just the columns asked for.
+        self._must_parse = self._schema is not None and not self._schema.is_whole
+        self._encoding = record_encoding(self._job.input.encoding)
         self._shown = {"records": 0, "bytes": 0}
 
     def batches(self, *, as_tables: bool, with_header: bool = False) -> Iterator[MiniBatch]:
@@ -77,7 +77,9 @@ class Source:
             batch = next(batches, None)
             if batch is not None and (as_tables or self._must_parse):
                 batch = self._parse(batch)
-            elif batch is not None and header and isinstance(batch.records, ByteRecords):
+            elif batch is not None and self._encoding != "utf-8":
+                batch = self._recode(batch)
+            if batch is not None and header and isinstance(batch.records, ByteRecords):
                 batch = MiniBatch(replace(batch.records, header=header), batch.origins)
             self.read_s += time.perf_counter() - began
             if batch is None:
@@ -201,6 +203,21 @@ class Source:
             self._add_bad(batch, bad)
         origins = batch.origins if not parsed.failures else batch.origins.take(parsed.kept)
         return MiniBatch(parsed.table, origins)
+
+    def _recode(self, batch: MiniBatch) -> MiniBatch:
+        """Text in UTF-8, in which stages get it; no value of it is looked at."""
+        records = batch.records
+        if not isinstance(records, ByteRecords):
+            return batch
+        texts: list[bytes] = []
+        kept: list[int] = []
+        for place, record in enumerate(records.to_list()):
+            try:
+                texts.append(record.decode(self._encoding).encode())
+                kept.append(place)
+            except UnicodeDecodeError as error:
+                self._add_bad(batch, BadRecord(place, f"is not {self._encoding}: {error.reason} (input.encoding)"))
+        return MiniBatch(ByteRecords.of(texts, records.content_type), batch.origins.take(np.array(kept, np.int64)))
 
     def _add_bad(self, batch: MiniBatch, bad: BadRecord) -> None:
         reason = "WrongType" if bad.column else "Unparsable"
