@@ -12,17 +12,17 @@ from batchpipe.chain import Chain, new_stats
 from batchpipe.convert import CastError, InputSchema, output_schema
 from batchpipe.errors import JobError, StageStartError
 from batchpipe.formats import FORMATS
-from batchpipe.invoke import FailureLimit, Outcome
 from batchpipe.job import Job
 from batchpipe.manifest import Failure, SplitResult
 from batchpipe.orders import Orders, Schemas
+from batchpipe.outcome import FailureLimit, Outcome
 from batchpipe.parts import add_source, as_columns
 from batchpipe.quarantine import Quarantine, open_quarantine
 from batchpipe.source import Source
 from batchpipe.specs.arrow_types import arrow_type
 from batchpipe.split import InputObject, Split
 from batchpipe.storage import ObjectFile, open_store
-from batchpipe.transform import chain_of, naming_what_was_sent
+from batchpipe.transform import chain_of, misfit, naming_what_was_sent
 from batchpipe.worker_chain import open_worker_chain
 
 FIRST_RECORDS = 16
@@ -90,7 +90,10 @@ class _Trial:
                 for sent, outcome in chain.stream([batch], unanswered, new_stats()):
                     self._has_answered = self._has_answered or len(outcome.places) > 0
                     if self._has_answered and not (self._is_strict and self._is_beyond(unread, unanswered)):
-                        output = _output_schema(orders.job, outcome, sent, split)
+                        try:
+                            output = _output_schema(orders.job, outcome, sent, split)
+                        except (TypeError, ValueError) as error:
+                            raise misfit(error, source, sent.origins.take(outcome.places)) from error
                         return replace(orders.schemas, output=output, is_proved=True)
                     source.settle(sent, outcome)
                     self._dropped += len(outcome.dropped)

@@ -15,10 +15,10 @@ from batchpipe.batch import NO_ORIGINS, MiniBatch, Origins, Records
 from batchpipe.chain import Chain, StageRefused, new_stats, open_chain
 from batchpipe.convert import CastError
 from batchpipe.errors import BatchpipeError, PoolError, RecordsFailedError
-from batchpipe.invoke import FailureLimit, Outcome
 from batchpipe.job import Job
 from batchpipe.manifest import SplitFailed, SplitResult
 from batchpipe.orders import Orders
+from batchpipe.outcome import FailureLimit, Outcome
 from batchpipe.parts import Piece, open_piece
 from batchpipe.quarantine import open_quarantine
 from batchpipe.redact import secrets_of
@@ -125,9 +125,17 @@ def _write(piece: Piece, outcome: Outcome, sent: MiniBatch, source: Source, spli
         where, next_ = source.describe(origins.slice(first, first + 1)), REDRIVEN_COLUMNS if split.is_picked else ""
         raise RecordsFailedError(msg, where=where, next=next_) from error
     except (TypeError, ValueError) as error:
-        msg = f"an answer does not fit the output: {error}"
-        where = f"{source.describe(origins)} and the {len(origins) - 1:,} after it"
-        raise RecordsFailedError(msg, where=where) from error
+        raise misfit(error, source, origins) from error
+
+
+def misfit(error: Exception, source: Source, origins: Origins) -> RecordsFailedError:
+    """The error for answers that the output cannot hold, of which nobody knows which one is at fault."""
+    more = f" and the {len(origins) - 1:,} after it" if len(origins) > 1 else ""
+    return RecordsFailedError(
+        f"an answer does not fit the output: {error}",
+        where=f"{source.describe(origins)}{more}",
+        next="mend what the last stage answers; or state output.format: raw, which takes it as it is",
+    )
 
 
 def run_chain(job: Job, table: Records) -> Outcome:
