@@ -4,8 +4,10 @@ text/csv, application/json, application/jsonlines and Arrow streams hold many re
 one record. Bytes that already are of the wanted type are joined, never parsed.
 """
 
+import codecs
 import json
 import re
+from collections import Counter
 from datetime import date, time
 from email.message import Message
 from email.utils import collapse_rfc2231_value
@@ -37,6 +39,7 @@ _OTHER_NAMES = {
     "application/csv": CSV,
 }
 _NEWLINE, _QUOTE = 10, 34
+_BLANKS = np.frombuffer(b" \t\r\n", np.uint8)
 
 Body: TypeAlias = bytes | memoryview
 
@@ -59,6 +62,20 @@ def parse_content_type(content_type: str) -> tuple[str, dict[str, str]]:
 def has_header(content_type: str) -> bool:
     """Whether this type says that its rows come behind a header: ``text/csv; header=present`` (RFC 4180)."""
     return parse_content_type(content_type)[1].get("header") == "present"
+
+
+def named(content_type: str) -> str:
+    """This type, and that its rows come behind a header."""
+    return f"{content_type}; header=present"
+
+
+def in_utf8(content_type: str) -> str:
+    """What a body is that was asked for as this type: in UTF-8, whichever charset that was to be."""
+    media_type, parameters = parse_content_type(content_type)
+    if is_utf8(parameters.get("charset", "utf-8")):
+        return content_type
+    others = (f"; {name}={value}" for name, value in parameters.items() if name != "charset")
+    return f"{media_type}{''.join(others)}; charset=utf-8"
 
 
 def holds_many(content_type: str) -> bool:
@@ -210,9 +227,7 @@ def _encode_table(table: pa.Table, media_type: str, *, header: bool, request_key
                 writer.write_table(table)
             return memoryview(sink.getvalue())
         if media_type == CSV:
-            sink = pa.BufferOutputStream()
-            pacsv.write_csv(table, sink, pacsv.WriteOptions(include_header=header, quoting_style="needed"))
-            return memoryview(sink.getvalue())
+            return _to_csv(table, header=header)
         if media_type == JSON:
             return _wrap(b",".join(_json_rows(table)), request_key)
         if media_type == JSON_LINES:
@@ -220,6 +235,18 @@ def _encode_table(table: pa.Table, media_type: str, *, header: bool, request_key
     except (pa.ArrowException, ValueError) as exc:
         raise ContentError(f"a table cannot be sent as {media_type}: {exc}") from exc
     raise ContentError(f"a table cannot be sent as {media_type}; it can as {', '.join(sorted(TABULAR))}")
+
+
+def _to_csv(table: pa.Table, *, header: bool) -> Body:
+    """A null alone on its line would be a blank line, which is no record to a reader: it becomes "", quoted."""
+    may_be_blank = table.num_columns == 1 and table.column(0).null_count > 0
+    if may_be_blank and table.schema.types[0] in (pa.string(), pa.large_string()):
+        filled = table.column(0).cast(pa.large_string()).fill_null(pa.scalar(""))
+        table, may_be_blank = pa.table([filled], names=table.schema.names), False
+    sink = pa.BufferOutputStream()
+    pacsv.write_csv(table, sink, pacsv.WriteOptions(include_header=header, quoting_style="needed"))
+    body = sink.getvalue()
+    return re.sub(rb"^\n", b'""\n', body, flags=re.MULTILINE) if may_be_blank else memoryview(body)
 
 
 def _json_rows(table: pa.Table) -> list[bytes]:
@@ -248,9 +275,14 @@ _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", "
 def _decode_arrow(body: bytes) -> pa.Table:
     try:
         with pa.ipc.open_stream(body) as reader:
-            return reader.read_all()
-    except pa.ArrowInvalid as exc:
+            table = reader.read_all()
+        table.validate(full=True)  # what is damaged may read well, and break whoever looks at its values
+    except (pa.ArrowException, OSError) as exc:  # a stream that ends too early is an OSError
         raise ContentError(f"not an Arrow stream: {exc}") from exc
+    for name, count in Counter(table.schema.names).items():
+        if count > 1:
+            raise ContentError(f"an Arrow stream with {count} columns {name!r}")
+    return table
 
 
 def _decode_json(body: bytes, answer_key: str) -> ByteRecords:
@@ -275,12 +307,17 @@ def _decode_json(body: bytes, answer_key: str) -> ByteRecords:
 
 def _to_utf8(body: bytes, charset: str, media_type: str) -> bytes:
     is_text = media_type in TABULAR or media_type.startswith("text/")
-    if not is_text or charset.lower() in ("utf-8", "utf8", "us-ascii", "ascii"):
-        return body
-    try:
-        return body.decode(charset).encode()
-    except (LookupError, UnicodeDecodeError) as exc:
-        raise ContentError(f"not text in charset {charset!r}: {exc}") from exc
+    if is_text and not is_utf8(charset):
+        try:
+            body = body.decode(charset).encode()
+        except (LookupError, ValueError) as exc:
+            raise ContentError(f"not text in charset {charset!r}: {exc}") from exc
+    return body.removeprefix(codecs.BOM_UTF8) if media_type in TABULAR else body
+
+
+def is_utf8(charset: str) -> bool:
+    """Whether UTF-8, in which everything is written here, may be called this."""
+    return charset.lower() in ("utf-8", "utf8", "us-ascii", "ascii")
 
 
 def _line_ends(body: bytes) -> Int64s:
@@ -305,6 +342,10 @@ def _cut(body: bytes, ends: Int64s, media_type: str, *, skip_blank: bool = False
         ends = np.append(ends, len(body))
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) > 1 else np.zeros(len(ends), np.int64)
     records = ByteRecords(memoryview(body), starts, ends, media_type)
-    if skip_blank and ((ends - starts) <= 2).any():
-        return records.take(np.array([i for i in range(len(records)) if bytes(records[i]).strip()], np.int64))
+    if skip_blank and len(records):
+        # A blank line begins with a blank; few others do, and only these are looked at one by one.
+        maybe = np.flatnonzero(np.isin(np.frombuffer(body, np.uint8)[starts], _BLANKS))
+        blank = [i for i in maybe.tolist() if not bytes(records[i]).strip()]
+        if blank:
+            return records.take(np.delete(np.arange(len(records)), blank))
     return records

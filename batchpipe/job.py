@@ -191,6 +191,9 @@ class Job(Spec):
         for index, stage in enumerate(self.stages):
             if stage.count == "none" and counted:
                 raise refuse(f"stages.{index}.count", "none is for output.format raw without a join")
+            if stage.other_charset and self.input.format != "object":  # an object is sent as it lies
+                why = f"charset {stage.other_charset} cannot be: records are sent in UTF-8; leave the charset out"
+                raise refuse(f"stages.{index}.content_type", why)
         return self
 
     def _placeholder_fits(self, line: str) -> None:

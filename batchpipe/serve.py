@@ -6,6 +6,7 @@ The same conversions and the same `CallableStage` as in a run: what it computes 
 import errno
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from batchpipe.specs.stage import PORT
 from batchpipe.stages import InvocationFailed, Remedy
 from batchpipe.stages.callable import CallableStage, open_callable
 from batchpipe.stages.contract import NO_REMEDY, PAYLOAD
-from batchpipe.stages.tables import can_be_table, take_header, to_table
+from batchpipe.stages.tables import behind_header, can_be_table, to_table
 
+_WEIGHT = re.compile(r";\s*q=[^;]*", re.IGNORECASE)
 MAX_WAITING = 100
 """Requests that may wait for the callable; the next one is told to come back (503)."""
 LOOPBACK = "127.0.0.1"
@@ -190,17 +192,20 @@ class _Server:
             return records
         names = self._columns
         if asked.media_type == CSV and content.has_header(asked.content_type):
-            names, records = take_header(records)
+            assert isinstance(records, ByteRecords)
+            names, records = (), behind_header(records)
         return to_table(records, names) if self._stage.takes_table and can_be_table(records) else records
 
 
 def _asked(request: web.Request, body: bytes) -> _Asked:
     content_type = request.headers.get("Content-Type", "application/octet-stream")
     media_type, _ = content.parse_content_type(content_type)
-    # Of several types the first one counts: a caller of this contract states one.
-    accept = request.headers.get("Accept", "").split(",")[0].strip()
+    # Of several types the first one counts that can be written: a caller of this contract states one.
+    accepts = [_WEIGHT.sub("", accept).strip() for accept in request.headers.get("Accept", "").split(",")]
+    any_other = "" if any("*" in accept for accept in accepts) else accepts[0]
+    accept = next((accept for accept in accepts if content.holds_many(accept)), any_other)
     is_bare = media_type == JSON and body.lstrip()[:1] not in (b"[", b"")
-    return _Asked(content_type, media_type, "" if accept in ("*/*", "") else accept, is_bare)
+    return _Asked(content_type, media_type, content.in_utf8(accept), is_bare)
 
 
 def _natural_type(records: Records, asked: _Asked) -> str:
@@ -209,7 +214,7 @@ def _natural_type(records: Records, asked: _Asked) -> str:
         return CSV  # the type of lines: a stream holds nothing but a table
     if asked.media_type in content.TABULAR:
         has_names = isinstance(records, pa.Table) and content.has_header(asked.content_type)
-        return f"{CSV}; header=present" if has_names else asked.media_type
+        return content.named(CSV) if has_names else asked.media_type
     return JSON_LINES if isinstance(records, pa.Table) else records.content_type
 
 

@@ -1,10 +1,12 @@
 """Bodies by content type: what is sent, what is read back, and how answers are counted (G8)."""
 
+import contextlib
 import csv
 import io
 import json
 import re
 from datetime import UTC, date, datetime
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +26,10 @@ from batchpipe.content import (
     decode_one,
     encode,
     encode_one,
+    in_utf8,
     parse_content_type,
 )
+from batchpipe.stages.tables import to_table
 
 TABLE = pa.table({"id": [1, 2], "name": ["a,b", None], "score": [0.5, float("nan")]})
 FIELDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=8)
@@ -44,6 +48,57 @@ def read(body: bytes, content_type: str, *, answer_key: str = "") -> ByteRecords
 def texts(records: Records) -> list[bytes]:
     assert isinstance(records, ByteRecords)
     return records.to_list()
+
+
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize(("values", "rows"), [([1, None, 3], [b"1", b'""', b"3"]), (["a", None], [b'"a"', b'""'])])
+def test_null_alone_on_its_line_is_a_field_and_no_blank_line(values: list[Any], rows: list[bytes], header: bool):
+    body = bytes(encode(pa.table({"x": values}), CSV, header=header))
+
+    assert body.splitlines() == [b'"x"'] * header + rows
+    assert to_table(read(body.removeprefix(b'"x"\n'), CSV), ["x"]).column(0).to_pylist() == values
+
+
+def test_blank_line_of_an_answer_of_one_column_is_an_empty_field():
+    assert to_table(read(b"1\n\n3\n", CSV)).column(0).to_pylist() == [1, None, 3]
+
+
+@given(st.data())
+def test_damaged_arrow_stream_is_no_content_and_no_crash(data):
+    body = bytearray(encode(TABLE, ARROW))
+    for place in data.draw(st.lists(st.integers(0, len(body) - 1), max_size=3)):
+        body[place] ^= data.draw(st.integers(1, 255))
+    body = body[: data.draw(st.integers(0, len(body)))]
+    with contextlib.suppress(ContentError):
+        decode(bytes(body), ARROW)
+
+
+def test_arrow_stream_with_a_column_twice_is_told():
+    twice = pa.table([pa.array([1]), pa.array([2])], names=["x", "x"])
+    with pytest.raises(ContentError, match="an Arrow stream with 2 columns 'x'"):
+        decode(bytes(encode(twice, ARROW)), ARROW)
+
+
+@pytest.mark.parametrize("blank", [b"\n", b"   \n", b"\t\r\n"])
+def test_blank_json_line_is_no_record_whatever_blanks_it_holds(blank: bytes):
+    assert texts(decode(b'{"a":1}\n' + blank + b' {"a":2}\n', JSON_LINES)) == [b'{"a":1}\n', b' {"a":2}\n']
+
+
+def test_charset_that_makes_no_sense_is_told():
+    with pytest.raises(ContentError, match="not text in charset"):
+        decode(b"1", "text/csv; charset*=utf-8''%00")
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [
+        ("application/json; charset=utf-16", "application/json; charset=utf-8"),
+        ("text/csv; header=present; charset=latin-1", "text/csv; header=present; charset=utf-8"),
+        ("text/csv; charset=UTF-8", "text/csv; charset=UTF-8"),
+    ],
+)
+def test_type_asked_for_in_another_charset_is_answered_in_utf_8(asked: str, answered: str):
+    assert in_utf8(asked) == answered
 
 
 def test_csv_lines_are_sent_as_they_lie_without_a_copy():

@@ -25,6 +25,7 @@ from batchpipe.stages import Answer, InvocationFailed, Remedy
 from batchpipe.stages.contract import Advice
 from batchpipe.stages.exchange import Exchange
 from batchpipe.stages.http import retry_after_s
+from batchpipe.stages.tables import to_table
 from tests.jobs import running
 from tests.opened_stage import SERVER, Opened, csv_records, make_job, opened
 
@@ -123,6 +124,7 @@ def test_broken_connection_is_retried(open_endpoint: Open, order: str):
         ("short", "the connection broke in the middle of the answer"),
         ("cut", "the connection broke in the middle of the answer"),
         ("nonsense", "the answer is not HTTP/1.1: "),
+        ("promise", "the connection broke in the middle of the answer"),
     ],
 )
 def test_broken_connection_says_when_it_broke(open_endpoint: Open, order: str, text: str):
@@ -378,11 +380,81 @@ def test_answer_without_the_header_that_the_next_stage_wants_is_wrong_once_one_h
     assert failure.message == "answered text/csv; the next stage takes text/csv with a header"
 
 
-def test_csv_answer_with_a_header_is_a_table(open_endpoint: Open):
-    records = open_endpoint().invoke(csv_records("!as text/csv;header=present id,name\\n7,b\\n")).records
+@pytest.mark.parametrize("max_records", [1, None])
+@pytest.mark.parametrize("mark", ["", "\\xef\\xbb\\xbf"])
+def test_csv_answer_with_a_header_knows_its_columns(open_endpoint: Open, max_records: int | None, mark: str):
+    order = f"!as text/csv;header=present {mark}id,name\\n7,b\\n"
+    records = open_endpoint(batch={"max_records": max_records}).invoke(csv_records(order)).records
 
-    assert isinstance(records, pa.Table)
-    assert records.to_pylist() == [{"id": 7, "name": "b"}]
+    assert isinstance(records, ByteRecords)
+    assert (records.to_list(), records.header) == ([b"7,b\n"], b"id,name\n")
+    assert to_table(records).to_pylist() == [{"id": 7, "name": "b"}]
+
+
+def test_whole_file_that_is_answered_to_one_record_keeps_its_header(open_endpoint: Open):
+    stage = open_endpoint(batch={"max_records": 1})
+    records = stage.invoke(csv_records("!as text/csv;header=present id\\n7\\n8\\n")).records
+
+    assert isinstance(records, ByteRecords)
+    assert (records.to_list(), records.header) == ([b"id\n7\n8\n"], b"")
+
+
+def test_answer_with_a_header_goes_on_as_it_came(open_endpoint: Open):
+    named = open_endpoint().invoke(csv_records("!as text/csv;header=present a\\n!headers\\n")).records
+    exchange = open_endpoint().stage.exchange
+
+    assert exchange.content_type_of(named) == "text/csv; header=present"
+    assert bytes(exchange.encode(named, "text/csv; header=present")) == b"a\n!headers\n"
+
+
+@pytest.mark.parametrize(
+    ("records", "content_type", "body"),
+    [
+        (replace(csv_records("7,b"), header=b"id,name\n"), JSON, b'[{"id":7,"name":"b"}]'),
+        (ByteRecords.of([b'{"id":7,"name":"b"}'], JSON), "text/csv; header=present", b'"id","name"\n7,"b"\n'),
+        (ByteRecords.of([b'{"id":7}\n'], JSON_LINES), CSV, b"7\n"),
+    ],
+)
+def test_answers_that_name_their_columns_are_converted_for_the_next_stage(
+    open_endpoint: Open, records: ByteRecords, content_type: str, body: bytes
+):
+    exchange = open_endpoint(content_type=content_type).stage.exchange
+
+    assert exchange.can_send(records, content_type)
+    assert bytes(exchange.encode(records, content_type)) == body
+
+
+def test_object_goes_alone_also_as_a_type_that_holds_many(open_endpoint: Open):
+    """Two files in one body would be one file with a header in its middle (the design, section 3)."""
+    stage = open_endpoint(content_type="text/csv", input={"uri": "in", "format": "object"})
+    files = [b"a\n1\n2\n", b"a\n3\n"]
+
+    records = stage.outcome(ByteRecords.of(files)).records
+
+    assert isinstance(records, ByteRecords)
+    assert records.to_list() == files
+
+
+def test_answer_of_another_type_than_most_is_its_records_failure(open_endpoint: Open):
+    rows = [f'{{"n":{n}}}' for n in range(5)]
+    rows[0] = "!as text/html <p>sorry</p>"
+    stage = open_endpoint(content_type="application/json", batch={"max_records": 1})
+
+    outcome = stage.outcome(ByteRecords.of([row.encode() for row in rows], JSON))
+
+    assert (outcome.places.tolist(), [failed.place for failed in outcome.failed]) == ([1, 2, 3, 4], [0])
+    assert outcome.failed[0].why.message == (
+        "answered text/html; others of its mini-batch are answered as application/json"
+    )
+
+
+def test_images_of_several_types_are_not_called_by_the_first_ones(open_endpoint: Open):
+    stage = open_endpoint(content_type="image/png")
+
+    records = stage.outcome(ByteRecords.of([b"!as image/png 1", b"!as image/jpeg 2"])).records
+
+    assert isinstance(records, ByteRecords)
+    assert (records.to_list(), records.content_type) == ([b"1", b"2"], "application/octet-stream")
 
 
 def test_objects_go_one_a_request_in_order(open_endpoint: Open):

@@ -108,6 +108,55 @@ def test_all_kinds_of_stages_are_mixed_freely_in_one_chain(jobs: Jobs, engine: s
     assert jobs.is_released()
 
 
+def test_csv_in_another_encoding_goes_as_it_is_but_for_its_encoding(jobs: Jobs):
+    rows = ['00123,1.50,"Zoé",NA', "7,,x,"]
+    stages = [process("echo", content_type="text/csv")]
+    path = write_job(jobs, stages, *rows)
+    jobs.write("in/a.csv", "".join(f"{row}\n" for row in rows).encode("latin-1"))
+
+    ran = jobs.run("run", path, "--set", "input.encoding=latin-1")
+
+    assert ran.code == 0, ran.err
+    assert answers(jobs) == rows
+
+
+@pytest.mark.parametrize("verb", ["run", "check"])
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("!as application/json nonsense", "JSON records are not of one type: "),
+        ("!as text/csv \\x22open", "the first CSV record cannot be read"),
+    ],
+)
+def test_answer_that_the_output_cannot_hold_is_told_by_the_first_mini_batch(
+    jobs: Jobs, verb: str, answer: str, why: str
+):
+    path = write_job(jobs, [process("model")], answer)
+
+    ran = jobs.run(verb, path, "--set", "output.format=parquet")
+
+    assert ran.code == 5, ran.err
+    assert f"an answer does not fit the output: {why}" in ran.err
+    assert "a.csv, record 0, byte 0" in ran.err
+    assert "next:  mend what the last stage answers; or state output.format: raw" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("stage", "where", "why"),
+    [
+        ({"content_type": "text/csv; charset=latin-1"}, "content_type", "charset latin-1 cannot be: records are sent"),
+        ({"headers": {"Content-Type": "a/b"}}, "headers", "is stated by the stage's content_type"),
+    ],
+)
+def test_what_a_request_says_of_itself_cannot_be_stated_otherwise(
+    jobs: Jobs, stage: dict[str, Any], where: str, why: str
+):
+    endpoint = {"url": "http://127.0.0.1:1/", "headers": stage.pop("headers", {})}
+    refused = jobs.run("run", write_job(jobs, [{"endpoint": endpoint, **stage}], "1"))
+
+    assert (refused.code, where in refused.err, why in refused.err) == (2, True, True), refused.err
+
+
 def test_the_answers_content_type_is_the_next_requests(jobs: Jobs):
     answer = "!as application/jsonlines;charset=utf-8 !headers"
 

@@ -159,6 +159,31 @@ def test_accept_decides_the_answers_type(serve_it: Serve):
     assert ask(serve_it("double"), b'{"x":1}\n', JSON_LINES, CSV) == (200, CSV, b"1,2\n")
 
 
+@pytest.mark.parametrize(
+    ("accept", "answered"),
+    [
+        ("application/json; charset=utf-16", "application/json; charset=utf-8"),
+        ("image/png, application/json;q=0.5", "application/json"),
+        ("text/html, */*;q=0.8", "text/csv; header=present"),
+        ("application/*", "text/csv; header=present"),
+    ],
+)
+def test_accept_may_be_a_wish_as_browsers_have_it(serve_it: Serve, accept: str, answered: str):
+    status, content_type, _ = ask(serve_it("double"), b"x\n1\n", "text/csv; header=present", accept)
+
+    assert (status, content_type) == (200, answered)
+
+
+def test_mark_of_utf_8_before_a_header_is_no_part_of_a_name(serve_it: Serve):
+    assert ask(serve_it("double"), b"\xef\xbb\xbfx\n1\n", "text/csv; header=present", JSON)[0] == 200
+
+
+def test_endpoint_of_a_served_callable_is_sent_what_it_advises(open_served: Callable[..., Opened]):
+    stage = open_served("double")
+
+    assert stage.stage.exchange.content_type_of(TABLE) == ARROW
+
+
 def test_columns_name_the_fields_of_csv_without_a_header(serve_it: Serve):
     assert ask(serve_it("double", "x", "y"), b"1,2\n3,4\n", CSV) == (200, CSV, b"1,2,2\n3,4,6\n")
 

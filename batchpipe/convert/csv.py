@@ -158,7 +158,8 @@ def _read(
 ) -> tuple[pa.Table, dict[int, int]]:
     """Return the rows with as many fields as names, and how many fields the others have, by their place."""
     body = pa.py_buffer(records.body())
-    parse = pacsv.ParseOptions(delimiter=dialect.delimiter, quote_char=dialect.quote or False)
+    # Every record is a row here, a blank one, too: an empty field, of one.
+    parse = pacsv.ParseOptions(delimiter=dialect.delimiter, quote_char=dialect.quote or False, ignore_empty_lines=False)
     read = pacsv.ReadOptions(
         use_threads=False, block_size=max(body.size, 1), column_names=list(names), encoding=dialect.encoding
     )

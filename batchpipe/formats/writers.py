@@ -78,7 +78,7 @@ def open_csv(spec: OutputSpec, sink: Sink, schema: pa.Schema | None, header: boo
                 f"output.format csv cannot hold column {field.name!r}, which is {field.type}",
                 next="state output.format: jsonl or parquet, or answer plain columns",
             )
-    writer = TextWriter(spec, sink, (CSV,), lambda table: _encode(_without_blank_rows(table), CSV))
+    writer = TextWriter(spec, sink, (CSV,), lambda table: _encode(table, CSV))
     if header and schema is not None:
         writer.write_lines(bytes(encode(schema.empty_table(), CSV, header=True)))
     return writer
@@ -156,11 +156,3 @@ def _encode(table: pa.Table, content_type: str) -> bytes:
     except ContentError as error:
         msg = f"the answers cannot be written as {content_type}: {error}"
         raise OutputError(msg, next="state output.format: parquet, or answer other columns") from error
-
-
-def _without_blank_rows(table: pa.Table) -> pa.Table:
-    """A null alone on its line would be a blank line, which is no record to a reader: it becomes "", quoted."""
-    if table.num_columns != 1 or not table.column(0).null_count:
-        return table
-    texts = table.column(0).cast(pa.string()).fill_null(pa.scalar(""))
-    return pa.table([texts], names=table.schema.names)

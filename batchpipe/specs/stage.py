@@ -29,6 +29,16 @@ DEFAULT_PAYLOAD_MB = 6.0
 PORT = "SAGEMAKER_BIND_TO_PORT"
 """The variable that tells a server where to listen; a job may state it."""
 
+_OUR_HEADERS = {
+    "content-type": "is stated by the stage's content_type",
+    "accept": "is stated by the stage's accept",
+    "accept-encoding": "is not for a job to state: answers come as they are",
+    "host": "is that of the url",
+    **dict.fromkeys(
+        ("content-length", "transfer-encoding", "connection", "expect", "te", "upgrade"),
+        "is not for a job to state: it says how the request is sent",
+    ),
+}
 _CALLABLE_ONLY = ("params", "may_drop", "thread_safe")
 _HTTP_ONLY = ("content_type", "accept", "request_key", "answer_key", "header", "count")
 
@@ -78,6 +88,8 @@ def _check_headers(headers: dict[str, str]) -> dict[str, str]:
     for name, value in headers.items():
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
             raise refuse("", f"{name!r} cannot be the name of an HTTP header")
+        if name.lower() in _OUR_HEADERS:
+            raise refuse(name, _OUR_HEADERS[name.lower()])
         if re.search(r"[\r\n]", value):
             raise refuse(name, "must be one line")
     return headers
@@ -102,6 +114,10 @@ class ContainerSpec(Spec):
     )
     pids: Count = Field(default=4096, description="Limit on processes and threads.")
     cap_add: Texts = Field(default=(), description="Linux capabilities given back, by name; all are dropped otherwise.")
+    new_privileges: Flag = Field(default=False, description="Whether programs in it may gain privileges, as sudo does.")
+    init: Flag = Field(
+        default=True, description="Whether the engine's own init runs first, which reaps dead processes."
+    )
     network: Text = Field(
         default="default",
         description="`default` (the engine's own), `none` (no way out, but to this machine itself), `host`, or the "
@@ -217,6 +233,15 @@ class StageSpec(Spec):
     storage_options: StorageOptions = Field(
         default={}, description="Options by protocol for this stage's model_data; the values are secrets."
     )
+
+    @property
+    def other_charset(self) -> str | None:
+        """The charset that `content_type` states for rows or documents, where it is not UTF-8."""
+        stated = re.fullmatch(
+            r".*(?:csv|json|ndjson|jsonl|lines)\b.*; *charset=[\"']?([\w.-]+).*", self.content_type or "", re.I
+        )
+        is_other = stated and stated[1].lower() not in ("utf-8", "utf8", "us-ascii", "ascii")
+        return stated[1] if stated and is_other else None
 
     @property
     def kind(self) -> StageKind:

@@ -10,7 +10,7 @@ from batchpipe import content
 from batchpipe.batch import ByteRecords, Records
 from batchpipe.content import Body, ContentError
 from batchpipe.stages.contract import Advice
-from batchpipe.stages.tables import take_header, to_table
+from batchpipe.stages.tables import behind_header, can_be_table, knows_columns, to_table
 
 if TYPE_CHECKING:
     from batchpipe.job import Job, StageSpec
@@ -44,9 +44,11 @@ class Exchange:
         following = job.stages[position + 1 : position + 2]
         next_type = (following[0].content_type or "") if following and following[0].is_http else ""
         follows_http = position > 0 and job.stages[position - 1].is_http
+        # An object is a record, also where its bytes could be called many: so it goes alone, and so does its answer.
+        are_objects = job.input.format == "object" and all(each.is_http for each in job.stages[:position])
         single_record = job.batch.max_records == 1
-        if job.batch.max_records is None and advice.single_record is not None:
-            single_record = advice.single_record
+        if job.batch.max_records is None:
+            single_record = are_objects or bool(advice.single_record)
         return cls(
             content_type=stage.content_type or "",
             accept=stage.accept or (following[0].content_type if following else "") or "",
@@ -62,7 +64,12 @@ class Exchange:
 
     def content_type_of(self, records: Records) -> str:
         """The request's Content-Type: as stated, else what arrives."""
-        return self.content_type or (self.table_type if isinstance(records, pa.Table) else records.content_type)
+        if self.content_type:
+            return self.content_type
+        if isinstance(records, pa.Table):
+            return self.table_type
+        came_with_header = records.header and not self.header  # else the job asks for it, and the type is as stated
+        return content.named(records.content_type) if came_with_header else records.content_type
 
     def takes_one(self, content_type: str) -> bool:
         """Whether each record is a request of its own."""
@@ -70,35 +77,57 @@ class Exchange:
 
     def encode(self, records: Records, content_type: str) -> Body:
         """The request's body. Raises ContentError."""
-        if self.takes_one(content_type):
-            return content.encode_one(records, content_type, header=self.header, request_key=self.request_key)
-        return content.encode(records, content_type, header=self.header, request_key=self.request_key)
+        if isinstance(records, ByteRecords) and _must_be_parsed(records, content_type, header=self.header):
+            records = to_table(records)
+        header = self.header or content.has_header(content_type)
+        encode = content.encode_one if self.takes_one(content_type) else content.encode
+        return encode(records, content_type, header=header, request_key=self.request_key)
 
     def decode(self, body: bytes, answered: str, sent: str, count: int) -> Records:
         """The answer's records; ``count`` of them were sent as ``sent``. Raises ContentError."""
         answered = answered or self.accept or sent
         if not self.is_counted:
             return _uncounted(body, answered, count)
+        is_named = content.parse_content_type(answered)[0] == content.CSV and content.has_header(answered)
         if self.takes_one(sent):
+            if is_named and body:
+                rows = behind_header(_bytes_of(content.decode(body, answered)))
+                if len(rows) == 1:  # else it is a whole file, as an object is one
+                    return rows
             return content.decode_one(body, answered, answer_key=self.answer_key)
         if not body:
             return ByteRecords.of([])
         if not content.holds_many(answered):
             raise ContentError(f"records of {answered} cannot be counted; does `accept` name a type of many records?")
         records = content.decode(body, answered, answer_key=self.answer_key)
-        is_csv = content.parse_content_type(answered)[0] == content.CSV
-        if isinstance(records, ByteRecords) and is_csv and content.has_header(answered):
-            names, records = take_header(records)
-            return to_table(records, names)
-        return records
+        return behind_header(_bytes_of(records)) if is_named else records
 
     def can_send(self, records: Records, content_type: str) -> bool:
         """Whether records of this kind can be sent at all; what else is wrong is a single record's."""
-        return content.can_be_sent(records, content_type, header=self.header)
+        return _can_be_sent(records, content_type, header=self.header)
 
     def fits_next(self, records: Records) -> bool:
         """Whether the next stage could be sent these."""
-        return not self.next_type or content.can_be_sent(records, self.next_type, header=self.next_header)
+        return not self.next_type or _can_be_sent(records, self.next_type, header=self.next_header)
+
+
+def _can_be_sent(records: Records, content_type: str, *, header: bool) -> bool:
+    if content.can_be_sent(records, content_type, header=header):
+        return True
+    return isinstance(records, ByteRecords) and _must_be_parsed(records, content_type, header=header)
+
+
+def _must_be_parsed(records: ByteRecords, content_type: str, *, header: bool) -> bool:
+    """Whether these can be sent as this type as a table only, whose columns they name themselves."""
+    if content.parse_content_type(content_type)[0] not in content.TABULAR or not can_be_table(records):
+        return False
+    is_sent_as_it_is = content.can_be_sent(records, content_type, header=header)
+    return not is_sent_as_it_is and len(records) > 0 and knows_columns(records)
+
+
+def _bytes_of(records: Records) -> ByteRecords:
+    assert isinstance(records, ByteRecords)
+    return records
 
 
 def _wants_header(stage: "StageSpec") -> bool:

@@ -6,6 +6,7 @@ Types are those of the very records at hand. Where they must be the same in ever
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -21,13 +22,22 @@ def can_be_table(records: Records) -> bool:
     return isinstance(records, pa.Table) or records.content_type in (CSV, JSON, JSON_LINES)
 
 
+def knows_columns(records: ByteRecords) -> bool:
+    """Whether the records tell the names of their columns: CSV that came behind a header, JSON objects."""
+    if records.content_type == CSV:
+        return bool(records.header)
+    return records.content_type in (JSON, JSON_LINES) and bytes(records[0]).lstrip().startswith(b"{")
+
+
 def to_table(records: ByteRecords, names: Sequence[str] = ()) -> pa.Table:
     """Parse records into a table. Raises ContentError, which names the first that cannot be parsed.
 
-    CSV without ``names`` has the column ``prediction``, or ``prediction_0`` and so on; so has JSON that is no objects.
+    CSV without a header or ``names`` has the column ``prediction``, or ``prediction_0`` and so on; so has JSON that is
+    no objects.
     """
     if not can_be_table(records):
         raise ContentError(f"{records.content_type} has no columns")
+    names = names or (_fields(records.header) if records.header else ())
     if not len(records):
         return pa.table({name: pa.nulls(0) for name in names or (_PREDICTION,)})
     parsed = _parse_csv(records, tuple(names)) if records.content_type == CSV else _parse_json(records)
@@ -38,18 +48,23 @@ def to_table(records: ByteRecords, names: Sequence[str] = ()) -> pa.Table:
     return parsed.table
 
 
-def take_header(records: ByteRecords) -> tuple[tuple[str, ...], ByteRecords]:
-    """Split CSV records into the names that the first one states, and the rest. Raises ContentError."""
+def behind_header(records: ByteRecords) -> ByteRecords:
+    """CSV records that know the first of them as their header. Raises ContentError."""
     if not len(records):
         raise ContentError("no header in an empty body")
-    return _fields(records), records.slice(1, len(records))
+    header = bytes(records[0]).rstrip(b"\r\n") + b"\n"
+    _fields(header)
+    return replace(records.slice(1, len(records)), header=header)
 
 
 def _parse_csv(records: ByteRecords, names: tuple[str, ...]) -> convert.Parsed:
-    count = len(_fields(records))
+    count = len(_fields(bytes(records[0])))
     names = names or ((_PREDICTION,) if count == 1 else tuple(f"{_PREDICTION}_{i}" for i in range(count)))
     dialect = convert.CsvDialect()
-    fields = convert.infer_csv(records, names, list(names), dialect)
+    try:
+        fields = convert.infer_csv(records, names, list(names), dialect)
+    except pa.ArrowException as exc:
+        raise ContentError(f"CSV records cannot be read: {exc}") from exc
     return convert.csv_to_table(records, convert.InputSchema(pa.schema(fields), frozenset(), names), dialect)
 
 
@@ -69,8 +84,8 @@ def _parse_json(records: ByteRecords) -> convert.Parsed | pa.Table:
     return convert.jsonl_to_table(records, convert.InputSchema(schema, frozenset(), tuple(schema.names)))
 
 
-def _fields(records: ByteRecords) -> tuple[str, ...]:
+def _fields(line: bytes) -> tuple[str, ...]:
     try:
-        return tuple(next(csv.reader([bytes(records[0]).decode().rstrip("\r\n")], strict=True)) or ("",))
+        return tuple(next(csv.reader([line.decode().rstrip("\r\n")], strict=True)) or ("",))
     except (csv.Error, UnicodeDecodeError, StopIteration) as exc:
         raise ContentError(f"the first CSV record cannot be read: {exc}") from exc
