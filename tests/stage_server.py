@@ -165,6 +165,13 @@ class Stage(BaseHTTPRequestHandler):
         self.answer(body, content_type)
         self.close_connection = True
 
+    def do_idle(self, body: bytes, content_type: str) -> None:
+        """Answer, and to whatever comes next say that nothing came in time."""
+        self.answer(body, content_type)
+        self.connection.recv(1, socket.MSG_PEEK)
+        self.wfile.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        self.close_connection = True
+
     def do_continue(self, body: bytes, content_type: str) -> None:
         self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.answer(body, content_type)

@@ -67,12 +67,16 @@ class Connections:
                 connection = self._idle.pop()
                 if connection.closed:
                     continue
+                # A server may close an idle connection at the very moment it is used again: that tells nothing. Some
+                # say 408 before: it is about the request that they waited for, and not about this one.
                 try:
-                    return await self._exchange(connection, head, body)
+                    answer = await self._exchange(connection, head, body)
                 except ConnectionBroken:
-                    # A server may close an idle connection at the very moment it is used again: that tells nothing.
                     if connection.has_answered:
                         raise
+                else:
+                    if answer.status != 408 or connection.can_be_kept:
+                        return answer
             return await self._exchange(await self._connect(), head, body)
 
     def close(self) -> None:

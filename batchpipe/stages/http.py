@@ -178,10 +178,10 @@ class HttpStage:
         body = await self._encode(records, content_type)
         headers = {"Content-Type": content_type, "Accept": self.exchange.accept or "*/*"}
         answer = await self._post(body, headers)
-        self._raise_for_status(answer)
+        self._raise_for_status(answer, content_type)
         return await self._decode(answer, content_type, len(records))
 
-    def _raise_for_status(self, answer: HttpAnswer) -> None:
+    def _raise_for_status(self, answer: HttpAnswer, sent: str) -> None:
         if 200 <= answer.status < 300:
             if answer.headers.get("content-encoding", "identity").lower() != "identity":
                 message = f"the answer is compressed ({answer.headers['content-encoding']}), which was not asked for"
@@ -190,6 +190,8 @@ class HttpStage:
         # Masked as it came: a secret may hold white space, and must not be cut before it is found.
         text = mask(answer.body[:_MASKED_BYTES].decode("utf-8", "replace"), self._secrets)
         message = " ".join(text.split())[:_ERROR_CHARACTERS]
+        if answer.status == 415:
+            message = f"it does not take {sent}, which {self._sender} gives{f': {message}' if message else ''}"
         remedy = _remedy(answer)
         if remedy is Remedy.NONE:
             message = f"stage {self.name!r} breaks its contract: {message}"
