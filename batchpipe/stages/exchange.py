@@ -119,7 +119,10 @@ def _can_be_sent(records: Records, content_type: str, *, header: bool) -> bool:
 
 def _must_be_parsed(records: ByteRecords, content_type: str, *, header: bool) -> bool:
     """Whether these can be sent as this type as a table only, whose columns they name themselves."""
-    if content.parse_content_type(content_type)[0] not in content.TABULAR or not can_be_table(records):
+    media_type = content.parse_content_type(content_type)[0]
+    if media_type == records.content_type and (records.header or not header):
+        return False  # as nearly always: asked for each of ten thousand requests a second
+    if media_type not in content.TABULAR or not can_be_table(records):
         return False
     is_sent_as_it_is = content.can_be_sent(records, content_type, header=header)
     return not is_sent_as_it_is and len(records) > 0 and knows_columns(records)
