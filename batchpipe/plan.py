@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
+
 from batchpipe.errors import InputError
 from batchpipe.formats import FORMATS
 from batchpipe.job import InputSpec, Job
@@ -47,10 +49,10 @@ class Inputs:
 def list_inputs(spec: InputSpec, scratch: Path) -> Inputs:
     """List the input objects, sorted by URI and each one once, into a file in `scratch`.
 
-    Raises InputError if nothing matches (unless `allow_empty`) or a URI cannot be listed.
+    Raises InputError if nothing matches one of the URIs (unless `allow_empty`) or one cannot be listed.
     """
     digest, count, size, last = hashlib.sha256(), 0, 0, ""
-    listings = [_named(uri, spec) for uri in spec.uri]
+    listings = [_named_or_raise(uri, spec) for uri in spec.uri]
     spool = scratch / "inputs.spool"
     with spool.open("w") as lines:
         for found, name in heapq.merge(*listings, key=lambda listed: listed[0].uri):
@@ -61,11 +63,6 @@ def list_inputs(spec: InputSpec, scratch: Path) -> Inputs:
             lines.write(line)
             digest.update(line.encode())
             count, size, last = count + 1, size + found.size, found.uri
-    if not count and not spec.allow_empty:
-        uris = ", ".join(repr(clean_uri(uri)) for uri in spec.uri)
-        msg = f"no input object matches {uris}"
-        hint = "input.uri takes a file, a folder or a glob; input.allow_empty: true accepts an empty dataset"
-        raise InputError(msg, next=hint)
     return Inputs(spool, count, size, digest.hexdigest())
 
 
@@ -78,6 +75,17 @@ def _utf8_or_raise(uri: str) -> None:
             f"the name of an input object is not UTF-8: {shown!r}",
             next="rename it: manifest and quarantine could not hold its name",
         ) from exc
+
+
+def _named_or_raise(uri: str, spec: InputSpec) -> Iterator[tuple[Found, str]]:
+    """The objects of one URI with their names; half of a dataset that is not there must not pass in silence."""
+    is_empty = True
+    for each in _named(uri, spec):
+        is_empty = False
+        yield each
+    if is_empty and not spec.allow_empty:
+        hint = "input.uri takes a file, a folder or a glob; input.allow_empty: true accepts what is empty"
+        raise InputError(f"no input object matches {clean_uri(uri)!r}", next=hint)
 
 
 def _named(uri: str, spec: InputSpec) -> Iterator[tuple[Found, str]]:
@@ -101,9 +109,29 @@ class Plan:
 
 def make_plan(inputs: Inputs, job: Job, begun: int | None = None) -> Plan:
     """Choose the size of splits and count them. A run that has ``begun`` with a size keeps it."""
+    if job.output.layout == "mirror" and len(job.input.uri) > 1:
+        _names_differ_or_raise(inputs)
     split_bytes = begun or job.batch.split_bytes or _default_split_bytes(inputs.bytes, job)
     count = sum(1 for _ in iter_splits(inputs, job, split_bytes))
     return Plan(inputs, job, split_bytes, count)
+
+
+def _names_differ_or_raise(inputs: Inputs) -> None:
+    """Refuse objects of several URIs that would be mirrored to one place. Eight bytes are kept of each name."""
+    digests = np.fromiter((_digest(found) for found in inputs), np.uint64, inputs.count)
+    ordered = np.sort(digests)
+    for repeated in ordered[1:][ordered[1:] == ordered[:-1]]:
+        first, second, *_ = (found for found in inputs if _digest(found) == repeated)
+        raise InputError(
+            f"two input objects would be mirrored to one place, {first.name!r}",
+            where=f"{clean_uri(first.uri)} and {clean_uri(second.uri)}",
+            next="list them by one glob whose folder holds both, so that their names tell them apart; "
+            "or state output.layout: parts",
+        )
+
+
+def _digest(found: InputObject) -> int:
+    return int.from_bytes(hashlib.blake2b(found.name.encode(), digest_size=8).digest())
 
 
 def _default_split_bytes(total: int, job: Job) -> int:

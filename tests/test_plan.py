@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from batchpipe.errors import InputError
 from batchpipe.plan import Plan, list_inputs, make_plan
 from tests.test_job import make_job
 
@@ -24,6 +25,23 @@ def plan_of(tmp_path: Path, megabytes: float, *stages: dict[str, Any], **batch: 
         *stages, input={"uri": str(path), "format": "lines"}, output={"uri": "/out", "format": "raw"}, batch=batch
     )
     return make_plan(list_inputs(job.input, tmp_path), job)
+
+
+def test_objects_that_would_be_mirrored_to_one_place_are_refused(tmp_path: Path):
+    for folder in "ab":
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        (tmp_path / folder / "sub" / "x.txt").write_text("1\n")
+        (tmp_path / folder / f"{folder}.txt").write_text("1\n")
+    blocks = {"format": "lines", "uri": [f"{tmp_path}/a", f"{tmp_path}/b"]}
+    job = make_job(input=blocks, output={"uri": "/out", "format": "raw", "layout": "mirror"})
+    inputs = list_inputs(job.input, tmp_path)
+
+    with pytest.raises(InputError) as raised:
+        make_plan(inputs, job)
+
+    assert str(raised.value).startswith("two input objects would be mirrored to one place, 'sub/x.txt'")
+    assert raised.value.where == f"{tmp_path}/a/sub/x.txt and {tmp_path}/b/sub/x.txt"
+    assert "one glob whose folder holds both" in raised.value.next
 
 
 @pytest.mark.parametrize(

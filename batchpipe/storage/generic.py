@@ -8,23 +8,25 @@ import io
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
 import fsspec
 
-from batchpipe.errors import InputError, JobError, OutputError
+from batchpipe.errors import BatchpipeError, InputError, JobError, OutputError
 from batchpipe.redact import clean_uri
 from batchpipe.split import WHOLE
 from batchpipe.storage import owner as owners
 from batchpipe.storage.address import Pattern, has_wildcard, is_data, join, resolve
-from batchpipe.storage.explain import LISTING, READING, WRITING, explained
+from batchpipe.storage.explain import LISTING, READING, WRITING, Doing, explained
 from batchpipe.storage.listing import sorted_by_uri
 from batchpipe.storage.pending import Pending, PendingWriter
 from batchpipe.storage.store import (
     Found,
     ObjectExistsError,
     ObjectFile,
+    ObjectMissingError,
     PendingLostError,
     StaleError,
     VersionedRaw,
@@ -51,6 +53,19 @@ VERSION_KEYS = (
 """Where the file systems of fsspec keep what changes with an object's content; the first one found is its version."""
 
 
+@contextmanager
+def _explained(doing: Doing, uri: str) -> Iterator[None]:
+    """`explained`, also for what a file system raises that is no OSError: an HTTP status, an API's error."""
+    with explained(doing, uri):
+        try:
+            yield
+        except (OSError, BatchpipeError):
+            raise
+        except Exception as exc:
+            why = f"{type(exc).__name__}: {clean_uri(str(exc))}"
+            raise doing.failed(uri, why, "see that it can be reached, with these storage_options") from exc
+
+
 class GenericStore:
     """One file system of fsspec."""
 
@@ -72,24 +87,32 @@ class GenericStore:
         elif self.exists(place):
             yield self.stat(place)
         else:
-            yield from sorted_by_uri(found for name, found in self._list(place) if is_data(name))
+            with suppress(ObjectMissingError):  # a web server has no folders, and says so
+                yield from sorted_by_uri(found for name, found in self._list(place) if is_data(name))
 
     def iter_folder(self, folder: str) -> Iterator[Found]:
         return sorted_by_uri(found for _, found in self._list(resolve(folder)))
 
     def stat(self, uri: str) -> Found:
-        with explained(READING, uri):
+        with _explained(READING, uri):
             info = self._filesystem.info(self._path(uri))
             if info["type"] == "directory":
                 raise IsADirectoryError(21, "it is a folder")
             return _found(resolve(uri), info)
 
     def exists(self, uri: str) -> bool:
-        with explained(READING, uri):
-            return bool(self._filesystem.isfile(self._path(uri)))
+        with _explained(READING, uri):
+            try:
+                return bool(self._filesystem.info(self._path(uri))["type"] == "file")
+            except FileNotFoundError as exc:
+                # A web server that cannot be reached, or fails, is called that, too: its own error stands behind.
+                cause = exc.__cause__
+                if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410):
+                    return False
+                raise cause from None
 
     def open(self, uri: str, *, size: int, version: str, stop: int = WHOLE) -> ObjectFile:  # noqa: ARG002 - part of Store
-        with explained(READING, uri):
+        with _explained(READING, uri):
             raw = _GenericFile(self, uri, Found(resolve(uri), size, version))
             return ObjectFile.checked(raw, io.DEFAULT_BUFFER_SIZE)
 
@@ -101,7 +124,7 @@ class GenericStore:
         return self.read_with_version(uri)[0]
 
     def read_with_version(self, uri: str) -> tuple[bytes, str]:
-        with explained(READING, uri):
+        with _explained(READING, uri):
             before = self.stat(uri)
             return bytes(self._filesystem.cat_file(self._path(uri))), before.version
 
@@ -116,19 +139,19 @@ class GenericStore:
         return self.put(uri, data)
 
     def put(self, uri: str, data: bytes) -> str:
-        with explained(WRITING, uri):
+        with _explained(WRITING, uri):
             self._make_parent(uri)
             self._filesystem.pipe_file(self._path(uri), data)
         return self.stat(uri).version
 
     def delete(self, uris: Iterable[str]) -> None:
         for uri in uris:
-            with explained(WRITING, uri):
+            with _explained(WRITING, uri):
                 if self._filesystem.exists(self._path(uri)):
                     self._filesystem.rm_file(self._path(uri))
 
     def remove_folder(self, folder: str) -> None:
-        with explained(WRITING, folder):
+        with _explained(WRITING, folder):
             if self._filesystem.exists(self._path(folder)):
                 self._filesystem.rm(self._path(folder), recursive=True)
 
@@ -148,7 +171,7 @@ class GenericStore:
             return there.version  # moved before, by a publish that a kill cut short
         if there is not None and there.version != replaces:
             raise ObjectExistsError(f"cannot publish {clean_uri(pending.uri)!r}: another object is there")
-        with explained(WRITING, pending.uri):
+        with _explained(WRITING, pending.uri):
             self._make_parent(pending.uri)
             self._filesystem.mv(self._path(pending.staging), self._path(pending.uri))
         return self.stat(pending.uri).version
@@ -175,7 +198,7 @@ class GenericStore:
 
     def _list(self, folder: str) -> Iterator[tuple[str, Found]]:
         root = self._path(folder).rstrip("/")
-        with explained(LISTING, folder):
+        with _explained(LISTING, folder):
             listing = self._filesystem.find(root, detail=True)
             for path, info in listing.items():
                 name = path[len(root) :].lstrip("/")
@@ -195,7 +218,7 @@ class _GenericFile(VersionedRaw):
         if now != self._listed:
             raise InputError(
                 f"cannot read {clean_uri(self._listed.uri)!r}: it changed since it was listed",
-                next="wait until nobody writes it, then start a new run",
+                next="wait until nobody writes it, then run it again with --restart",
             )
 
     def readable(self) -> bool:
@@ -206,7 +229,7 @@ class _GenericFile(VersionedRaw):
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
         target = memoryview(buffer).cast("B")
-        with explained(READING, self._listed.uri):
+        with _explained(READING, self._listed.uri):
             try:
                 data = self._file.read(len(target))
             except (NotImplementedError, ValueError) as exc:  # fsspec's words for what a file system cannot do
@@ -232,21 +255,21 @@ class _StagingObject:
 
     def __init__(self, store: GenericStore, uri: str, staging: str, attempt: str) -> None:
         self._store, self._uri, self._staging, self._attempt = store, uri, staging, attempt
-        with explained(WRITING, staging):
+        with _explained(WRITING, staging):
             store._make_parent(staging)
             self._file = store.open_path(staging, "wb")
 
     def write(self, data: memoryview) -> None:
-        with explained(WRITING, self._staging):
+        with _explained(WRITING, self._staging):
             self._file.write(bytes(data))
 
     def seal(self, size: int, sha256: str) -> Pending:
-        with explained(WRITING, self._staging):
+        with _explained(WRITING, self._staging):
             self._file.close()
         return Pending(self._uri, self._attempt, size, sha256, staging=self._staging)
 
     def drop(self) -> None:
-        with explained(WRITING, self._staging):
+        with _explained(WRITING, self._staging):
             self._file.close()
         self._store.delete([self._staging])
 

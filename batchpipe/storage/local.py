@@ -177,7 +177,7 @@ class _VersionedFile(io.FileIO, VersionedRaw):
         if (now.st_size, str(now.st_mtime_ns)) != self._listed:
             raise InputError(
                 f"cannot read {clean_uri(str(self.name))!r}: it changed since it was listed",
-                next="wait until nobody writes it, then start a new run",
+                next="wait until nobody writes it, then run it again with --restart",
             )
 
 

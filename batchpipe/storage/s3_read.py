@@ -114,5 +114,5 @@ class S3RangeReader(VersionedRaw):
 def _changed(uri: str) -> InputError:
     return InputError(
         f"cannot read {clean_uri(uri)!r}: it changed since it was listed",
-        next="wait until nobody writes it, then start a new run",
+        next="wait until nobody writes it, then run it again with --restart",
     )
