@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from batchpipe.console import Stopped, answer, drop_stdout, report, signals_as_exceptions, tell
+from batchpipe.console import Stopped, answer, drop_stdout, report, signals_as_exceptions, tell, working_folder_or_raise
 
 if TYPE_CHECKING:
     from batchpipe.job import Job
@@ -34,6 +35,7 @@ def main() -> NoReturn:
 def run_command_line(arguments: list[str]) -> int:
     """Run one command; print errors; return the exit code."""
     try:
+        working_folder_or_raise()
         with signals_as_exceptions():
             commands.main(arguments, prog_name="batchpipe", standalone_mode=False)
         return OK
@@ -48,7 +50,7 @@ def run_command_line(arguments: list[str]) -> int:
         return 2
     except BrokenPipeError:
         drop_stdout()
-        return DEFECT
+        return 128 + signal.SIGPIPE  # as of a program that the signal ends
     except Exception as error:  # noqa: BLE001 - the last boundary: nobody is shown a traceback unasked
         return report(error, arguments)
 

@@ -31,11 +31,27 @@ def report(error: Exception, arguments: list[str]) -> int:
             traceback.print_exception(error)
         message = f"unexpected {type(error).__name__}: {error}"
         error = BatchpipeError(message, next="this is a defect of batchpipe; `batchpipe -v ...` shows where")
-    tell(explain(error, Path.cwd()))
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # somebody removed it
+        here = Path("/")
+    tell(explain(error, here))
     if "--json" in arguments:
         with suppress(OSError):  # where stdout takes nothing, that is what has just been told
             _write(json.dumps(error_document(error)), sys.stdout)
     return error.exit_code
+
+
+def working_folder_or_raise() -> None:
+    """Refuse to start where the working directory was removed: relative paths mean nothing. Raises BatchpipeError."""
+    from pathlib import Path
+
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        from batchpipe.errors import JobError
+
+        raise JobError("the working directory was removed", next="change to one that exists: cd") from error
 
 
 @contextmanager
@@ -79,8 +95,9 @@ def drop_stdout() -> None:
 
 
 def tell(text: str) -> None:
-    """Print what is no answer: it must not get into a pipe."""
-    _write(text, sys.stderr)
+    """Print what is no answer: it must not get into a pipe. Where stderr takes nothing, the exit code says enough."""
+    with suppress(OSError):
+        _write(text, sys.stderr)
 
 
 def _write(text: str, stream: TextIO | None) -> None:

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -17,20 +17,40 @@ LOG_EVERY_S = 10.0
 
 
 @contextmanager
-def open_progress(mode: str, resume: str, stream: TextIO = sys.stderr) -> Iterator[OnProgress]:
+def open_progress(mode: str, resume: str, stream: TextIO | None = None) -> Iterator[OnProgress]:
     """The callback for ``auto``, ``bar``, ``log`` or ``none``; auto is a bar on a terminal.
 
     `resume` is the command that a person types to go on. Whatever ends the block, what is printed next begins a line.
+    Where stderr is closed, full or a pipe that nobody reads, the run goes on without a word.
     """
-    if mode == "auto":
+    stream = stream or sys.stderr
+    if mode == "auto" and stream is not None:
         mode = "bar" if stream.isatty() else "log"
-    if mode == "none":
+    if mode == "none" or stream is None:
         yield ignore
     elif mode == "log":
-        yield Log(stream, resume)
+        yield _while_it_is_taken(Log(stream, resume))
     else:
-        with closing(Bar(stream, resume)) as bar:
-            yield bar
+        bar = Bar(stream, resume)
+        try:
+            yield _while_it_is_taken(bar)
+        finally:
+            with suppress(OSError):
+                bar.close()
+
+
+def _while_it_is_taken(show: OnProgress) -> OnProgress:
+    is_taken = True
+
+    def show_or_not(progress: Progress) -> None:
+        nonlocal is_taken
+        if is_taken:
+            try:
+                show(progress)
+            except OSError:
+                is_taken = False
+
+    return show_or_not
 
 
 class Log:

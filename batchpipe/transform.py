@@ -27,6 +27,7 @@ from batchpipe.split import Split
 from batchpipe.stages import StageContext
 from batchpipe.worker_chain import open_worker_chain
 
+ALIKE = "have the stages answer every record alike; or state the columns, with types that hold all: output.columns"
 REDRIVEN_COLUMNS = (
     "answer as the run that is redriven did, whose columns stay; or run the job again into another output.uri"
 )
@@ -122,7 +123,7 @@ def _write(piece: Piece, outcome: Outcome, sent: MiniBatch, source: Source, spli
     except CastError as error:
         first = error.index or 0
         msg = f"an answer does not fit the output: {error}"
-        where, next_ = source.describe(origins.slice(first, first + 1)), REDRIVEN_COLUMNS if split.is_picked else ""
+        where, next_ = source.describe(origins.slice(first, first + 1)), REDRIVEN_COLUMNS if split.is_picked else ALIKE
         raise RecordsFailedError(msg, where=where, next=next_) from error
     except (TypeError, ValueError) as error:
         raise misfit(error, source, origins) from error

@@ -270,7 +270,7 @@ def test_G8_a_stage_that_answers_fewer_records_ends_the_run_wherever_it_runs(job
     ran = jobs.run("run", jobs.job([stage], on_error={"max_failed_percent": 100}))
 
     assert ran.code == 5, ran.err
-    assert "stage 'distinct' answered 7 records for 50 sent (stages.py:" in ran.err
+    assert "stage 'distinct' answered 7 records for 50 sent; to drop records state may_drop: true" in ran.err
     assert not jobs.parts()
 
 

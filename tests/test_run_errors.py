@@ -6,7 +6,9 @@ import json
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +100,17 @@ CASES: dict[str, tuple[str, bytes | str, dict[str, Any], int, list[str]]] = {
     ),
     "changed while read": (
         *("in/a.csv", csv_rows(100), {"stages": "stages:appends"}, 3),
-        ["cannot read 'in/a.csv': it changed since it was listed", "wait until nobody writes it"],
+        [
+            "cannot read 'in/a.csv': it changed since it was listed",
+            "wait until nobody writes it, then run it again with --restart",
+        ],
     ),
     "short answer": (
         *("in/a.csv", csv_rows(100), {"stages": "stages:head"}, 5),
-        ["stage 'head' answered 5 records for 100 sent (stages.py:", "and the 99 sent with it, in split 0"],
+        [
+            "100 sent; to drop records state may_drop: true and return (result, kept) (stages.py:",
+            "and the 99 sent with it, in split 0",
+        ],
     ),
 }
 
@@ -180,6 +188,85 @@ def test_a_full_disk_behind_stdout_is_no_defect(jobs: Jobs, form: str):
         "  where: stdout\n"
         "  next:  send it where there is room; a run that is done is not run again\n"
     )
+
+
+@pytest.mark.parametrize("progress", ["auto", "log", "bar"])
+@pytest.mark.parametrize("stderr", ["full", "closed", "unread"])
+def test_progress_that_nobody_can_read_ends_no_run(jobs: Jobs, progress: str, stderr: str):
+    jobs.write("in/a.csv", csv_rows(3))
+    command = [*COMMAND, "run", str(jobs.job()), "--json", f"--progress={progress}"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as unread, Path("/dev/full").open("wb") as full:
+        ran = subprocess.run(
+            command,
+            cwd=jobs.folder,
+            env=jobs.environment,
+            stdout=subprocess.PIPE,
+            stderr=full if stderr == "full" else unread,
+            preexec_fn=(lambda: os.close(2)) if stderr == "closed" else None,
+            check=False,
+        )
+
+    assert (ran.returncode, len(jobs.records())) == (0, 3)
+    assert json.loads(ran.stdout)["accounts"]["written"] == 3
+
+
+def test_error_that_nobody_can_read_keeps_its_exit_code(jobs: Jobs):
+    with Path("/dev/full").open("wb") as full:
+        command = [*COMMAND, "run", str(jobs.job())]
+        ran = subprocess.run(command, cwd=jobs.folder, env=jobs.environment, stderr=full, check=False)
+
+    assert ran.returncode == 3
+
+
+def test_working_directory_that_was_removed_is_told(jobs: Jobs, tmp_path: Path):
+    jobs.write("in/a.csv", csv_rows(3))
+    job = jobs.job()
+    command = f'cd "{tmp_path}" && mkdir gone && cd gone && rmdir ../gone && {" ".join(COMMAND)} run "{job}"'
+    ran = subprocess.run(["sh", "-c", command], env=jobs.environment, capture_output=True, text=True, check=False)
+
+    assert (ran.returncode, ran.stderr) == (
+        2, "error: the working directory was removed\n  next:  change to one that exists: cd\n"
+    )  # fmt: skip
+
+
+def test_every_uri_of_a_list_must_match_something(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(3))
+    path = jobs.job(input={"uri": ["in/*.csv", "in/b.csv"]})
+    ran = jobs.run("run", path)
+    allowed = jobs.run("run", path, "--set", "input.allow_empty=true")
+
+    assert (ran.code, allowed.code) == (3, 0)
+    assert "error: no input object matches 'in/b.csv'" in ran.err
+
+
+@pytest.mark.parametrize("allow_empty", [False, True])
+def test_web_server_that_cannot_be_reached_or_fails_is_no_empty_input(jobs: Jobs, allow_empty: bool):
+    class Fails(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(503 if "503" in self.path else 404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    told = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Fails) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://user:s3cr3t-pass@127.0.0.1:{server.server_port}"
+        for uri in (f"{address}/503.csv", "http://127.0.0.1:9/x.csv", f"{address}/404.csv"):
+            ran = jobs.run("run", jobs.job(input={"uri": uri, "allow_empty": allow_empty}))
+            told.append((ran.code, ran.err.splitlines()[-2:] if ran.code else []))
+        server.shutdown()
+
+    (failed, why), (dead, refused), (missing, _) = told
+    assert (failed, dead, missing) == (3, 3, 0 if allow_empty else 3)
+    assert "error: cannot read 'http://127.0.0.1" in why[0]
+    assert "503" in why[0]
+    assert "error: cannot read 'http://127.0.0.1:9/x.csv': " in "".join(refused)
+    assert "s3cr3t-pass" not in str(told)
 
 
 @pytest.mark.parametrize(("closed", "rows", "code"), [(1, 3, 0), (2, 0, 3)])

@@ -224,7 +224,7 @@ def test_G8_a_callable_that_breaks_its_contract_is_not_made_to_fit_by_sending_it
     failure = open_served("first_only").failure("1", "2")
 
     assert (failure.reason, failure.remedy) == ("HTTP 400", Remedy.NONE)
-    text = "stage 'stage' breaks its contract: WrongAnswer: stage 'first_only' answered 1 records for 2 sent ("
+    text = "stage 'stage' breaks its contract: WrongAnswer: stage 'first_only' answered 1 records for 2 sent; to drop"
     assert failure.message.startswith(text)
 
 

@@ -113,7 +113,9 @@ class CallableStage:
             ) from error
         if len(records) != expected:
             what = "sent" if kept is None else "kept"
-            raise self._broken(f"answered {len(records):,} records for {expected:,} {what}")
+            may_drop = "; to drop records state may_drop: true and return (result, kept)"
+            advice = may_drop if kept is None and len(records) < expected else ""
+            raise self._broken(f"answered {len(records):,} records for {expected:,} {what}{advice}")
         if kept is None and convert.index_was_reordered(result, count):
             raise self._broken(f"answered {count:,} records with their index in another order: answers go by place")
         return Answer(records, kept)
