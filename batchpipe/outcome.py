@@ -88,12 +88,13 @@ def outvoted(parts: Sequence[Part]) -> dict[int, InvocationFailed]:
     Other bytes, as images, may be of several types.
     """
     types = {first: _kind(one.records) for first, one in parts if isinstance(one.records, ByteRecords)}
+    kinds = set(types.values())
+    if len(kinds) < 2 or not {media_type for media_type, _ in kinds} & TABULAR:
+        return {}
     counts = Counter[tuple[str, bytes]]()
     for first, one in parts:
         if first in types:
             counts[types[first]] += len(one.places)
-    if len(counts) < 2 or not {media_type for media_type, _ in counts} & TABULAR:
-        return {}
     [(usual, _)] = counts.most_common(1)
     return {first: _unusual(kind, usual) for first, kind in types.items() if kind != usual}
 
