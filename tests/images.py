@@ -111,10 +111,20 @@ def has_image(engine: str, name: str) -> bool:
 
 def run(engine: str, *arguments: str) -> str:
     """Run a command of the engine; what it says is in the error if it fails."""
-    environment = {**os.environ, "DOCKER_BUILDKIT": "0"}
-    done = subprocess.run([engine, *arguments], capture_output=True, text=True, check=False, env=environment)
+    done = _run(engine, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def try_to(engine: str, *arguments: str) -> str:
+    """Run a command of the engine on what may be gone by now; what it says, where it fails."""
+    done = _run(engine, *arguments)
+    return done.stderr if done.returncode else ""
+
+
+def _run(engine: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "DOCKER_BUILDKIT": "0"}
+    return subprocess.run([engine, *arguments], capture_output=True, text=True, check=False, env=environment)
 
 
 def _digest(*parts: bytes) -> str:

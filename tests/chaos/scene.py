@@ -156,8 +156,14 @@ class Scene:
     def close(self) -> None:
         """Kill what a failed check left."""
         self.jobs.end()
-        for container in self.containers("-a") if self.stages == "containers" else []:
-            images.run("docker", "rm", "-f", container)
+        if self.stages == "containers":
+            until(lambda: not self.remove_containers())
+
+    def remove_containers(self) -> list[str]:
+        """Remove what is left of them, which the run's watcher may do too; those that are still there."""
+        for container in self.containers("-a"):
+            images.try_to("docker", "rm", "-f", container)
+        return self.containers("-a")
 
     # --- the gate ---
 
