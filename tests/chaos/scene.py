@@ -136,7 +136,7 @@ class Scene:
         left = [f"process {process}" for process in self.jobs.processes()]
         left += [str(path) for path in self.jobs.temporary.iterdir()]
         if self.stages == "containers":
-            left += self.containers("-a") + images.run("docker", "network", "ls", "-q", self.label).split()
+            left += self.containers("-a") + self.networks()
         return left + self.unjournaled()
 
     def unjournaled(self) -> list[str]:
@@ -160,10 +160,12 @@ class Scene:
             until(lambda: not self.remove_containers())
 
     def remove_containers(self) -> list[str]:
-        """Remove what is left of them, which the run's watcher may do too; those that are still there."""
+        """Remove what is left of them and their networks, as the run's watcher may do too; what is still there."""
         for container in self.containers("-a"):
             images.try_to("docker", "rm", "-f", container)
-        return self.containers("-a")
+        for network in self.networks():
+            images.try_to("docker", "network", "rm", network)
+        return self.containers("-a") + self.networks()
 
     # --- the gate ---
 
@@ -240,6 +242,10 @@ class Scene:
     def containers(self, *options: str) -> list[str]:
         """Containers of this run: those that run, or with ``-a`` all."""
         return images.run("docker", "ps", "-q", *options, self.label).split()
+
+    def networks(self) -> list[str]:
+        """Networks of this run's containers."""
+        return images.run("docker", "network", "ls", "-q", self.label).split()
 
     @property
     def label(self) -> str:
