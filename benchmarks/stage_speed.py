@@ -69,7 +69,7 @@ async def bare_client(url: str, body: bytes, requests: int, in_flight: int = IN_
     started = time.perf_counter()
     await asyncio.gather(*(post() for _ in range(in_flight)))
     seconds = time.perf_counter() - started
-    await connections._close_idle()
+    await connections.close_idle()
     return seconds
 
 
