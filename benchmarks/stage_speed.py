@@ -15,7 +15,7 @@ import numpy as np
 
 from batchpipe.batch import ByteRecords, MiniBatch, Origins, concat_records
 from batchpipe.chain import new_stats, open_chain
-from batchpipe.invoke import FailureLimit
+from batchpipe.outcome import FailureLimit
 from batchpipe.jobfile import load_job
 from batchpipe.orders import SINGLE_RECORDS_TOGETHER
 from batchpipe.stages import StageContext
