@@ -15,9 +15,9 @@ import numpy as np
 
 from batchpipe.batch import ByteRecords, MiniBatch, Origins, concat_records
 from batchpipe.chain import new_stats, open_chain
-from batchpipe.outcome import FailureLimit
 from batchpipe.jobfile import load_job
 from batchpipe.orders import SINGLE_RECORDS_TOGETHER
+from batchpipe.outcome import FailureLimit
 from batchpipe.stages import StageContext
 from batchpipe.stages.connections import Connections
 from benchmarks.job_files import write_job
