@@ -48,6 +48,12 @@ def clean_document(document: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _mask_leaves(value) if key in SECRET_KEYS else _clean(value) for key, value in document.items()}
 
 
+def basic_credentials(userinfo: str) -> str:
+    """What is sent of a URL's ``user:password``, or of a user alone: Basic authentication, RFC 7617."""
+    user, _, password = userinfo.partition(":")
+    return b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
+
+
 def mask(text: str, secrets: frozenset[str]) -> str:
     """Return *text* with every one of *secrets* replaced; one below 8 characters only where it stands alone."""
     return _pattern(secrets).sub(MASK, text) if secrets else text
@@ -120,7 +126,7 @@ def _iter_url_secrets(text: str) -> Iterator[str]:
     for userinfo in _USERINFO.findall(text):
         yield userinfo
         yield userinfo.partition(":")[2]
-        yield b64encode(unquote(userinfo).encode()).decode()  # what is sent: Basic authentication, RFC 7617
+        yield basic_credentials(userinfo)
     for pattern in (_HTTP_QUERY, _OTHER_QUERY):
         for _, query in pattern.findall(text):
             yield query

@@ -6,14 +6,15 @@ many small requests a second from one process (docs/performance.md). It follows 
 
 import asyncio
 import ssl
-from base64 import b64encode
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import httptools
+
+from batchpipe.redact import basic_credentials
 
 Body: TypeAlias = bytes | bytearray | memoryview
 JOINED_BYTES = 1 << 16
@@ -47,10 +48,10 @@ class Connections:
         self._host, self._port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        lines = {"Host": parts.netloc.rpartition("@")[2], "Accept-Encoding": "identity", "User-Agent": "batchpipe"}
-        if parts.username is not None:
-            user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            lines["Authorization"] = f"Basic {b64encode(user.encode()).decode()}"
+        userinfo, at, host = parts.netloc.rpartition("@")
+        lines = {"Host": host, "Accept-Encoding": "identity", "User-Agent": "batchpipe"}
+        if at:
+            lines["Authorization"] = f"Basic {basic_credentials(userinfo)}"
         self._head = f"{method} {target} HTTP/1.1\r\n{_lines({**lines, **headers})}".encode()
         self._idle: list[_Connection] = []
         self._loop: asyncio.AbstractEventLoop | None = None
