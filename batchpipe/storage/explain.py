@@ -50,6 +50,12 @@ def missing(doing: Doing, uri: str) -> ObjectMissingError:
     return ObjectMissingError(f"cannot {doing.verb} {clean_uri(uri)!r}: there is nothing", next="check the name")
 
 
+def changed(uri: str) -> BatchpipeError:
+    """The error for an object that is not at the version that was listed."""
+    check = "wait until nobody writes it, then run it again with --restart"
+    return READING.failed(uri, "it changed since it was listed", check)
+
+
 def removed(uri: str) -> BatchpipeError:
     """The error for a file that lost its folder while it was written: whoever writes has made that folder before."""
     check = "see that no other run writes here, then run the same command again: it resumes"

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import fsspec
 
-from batchpipe.errors import BatchpipeError, InputError, JobError, OutputError
+from batchpipe.errors import BatchpipeError, JobError, OutputError
 from batchpipe.redact import clean_uri
 from batchpipe.split import WHOLE
 from batchpipe.storage import owner as owners
 from batchpipe.storage.address import Pattern, has_wildcard, is_data, join, resolve
-from batchpipe.storage.explain import LISTING, READING, WRITING, Doing, explained
+from batchpipe.storage.explain import LISTING, READING, WRITING, Doing, changed, explained
 from batchpipe.storage.listing import sorted_by_uri
 from batchpipe.storage.pending import Pending, PendingWriter
 from batchpipe.storage.store import (
@@ -216,10 +216,7 @@ class _GenericFile(VersionedRaw):
     def check_unchanged(self) -> None:
         now = self._store.stat(self._listed.uri)
         if now != self._listed:
-            raise InputError(
-                f"cannot read {clean_uri(self._listed.uri)!r}: it changed since it was listed",
-                next="wait until nobody writes it, then run it again with --restart",
-            )
+            raise changed(self._listed.uri)
 
     def readable(self) -> bool:
         return True

@@ -14,12 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from batchpipe.errors import InputError
-from batchpipe.redact import clean_uri
 from batchpipe.split import WHOLE
 from batchpipe.storage.address import Pattern, has_wildcard, is_data, resolve
 from batchpipe.storage.durable import link, make_folder, place, rename, sync, write_beside
-from batchpipe.storage.explain import LISTING, READING, WRITING, explained
+from batchpipe.storage.explain import LISTING, READING, WRITING, changed, explained
 from batchpipe.storage.flock import FileLock, locked_folder
 from batchpipe.storage.listing import walk_files
 from batchpipe.storage.pending import Pending, PendingWriter
@@ -175,10 +173,7 @@ class _VersionedFile(io.FileIO, VersionedRaw):
     def check_unchanged(self) -> None:
         now = os.fstat(self.fileno())
         if (now.st_size, str(now.st_mtime_ns)) != self._listed:
-            raise InputError(
-                f"cannot read {clean_uri(str(self.name))!r}: it changed since it was listed",
-                next="wait until nobody writes it, then run it again with --restart",
-            )
+            raise changed(str(self.name))
 
 
 class _StagingFile:

@@ -2,9 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from batchpipe.errors import InputError
-from batchpipe.redact import clean_uri
-from batchpipe.storage.explain import READING
+from batchpipe.storage.explain import READING, changed
 from batchpipe.storage.s3_client import S3Client
 from batchpipe.storage.store import ObjectMissingError, StaleError, VersionedRaw
 
@@ -36,7 +34,7 @@ class S3RangeReader(VersionedRaw):
         if not self._is_proved:
             there = self._client.call(READING, "head_object", self._uri)
             if there["ETag"].strip('"') != self._version:
-                raise _changed(self._uri)
+                raise changed(self._uri)
 
     def prefetch(self) -> None:
         if self._size and not self._block and not self._next:
@@ -99,9 +97,9 @@ class S3RangeReader(VersionedRaw):
                 self._uri, Range=f"bytes={start}-{stop - 1}", IfMatch=f'"{self._version}"'
             )
         except (StaleError, ObjectMissingError) as exc:
-            raise _changed(self._uri) from exc
+            raise changed(self._uri) from exc
         if answer["ETag"].strip('"') != self._version or len(data) != stop - start:
-            raise _changed(self._uri)
+            raise changed(self._uri)
         self._is_proved = True
         return data
 
@@ -109,10 +107,3 @@ class S3RangeReader(VersionedRaw):
         if self._next:
             self._next[1].cancel()
             self._next = None
-
-
-def _changed(uri: str) -> InputError:
-    return InputError(
-        f"cannot read {clean_uri(uri)!r}: it changed since it was listed",
-        next="wait until nobody writes it, then run it again with --restart",
-    )
