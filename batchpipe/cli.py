@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from batchpipe.schedule import Progress
     from batchpipe.storage import Store
 
-OK, DEFECT = 0, 1
+OK = 0
 RESUMABLE = ("run", "redrive")
 
 

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from batchpipe.batch import ByteRecords, Int64s, Records
+from batchpipe.specs.stage import is_utf8
 
 CSV = "text/csv"
 JSON = "application/json"
@@ -313,11 +314,6 @@ def _to_utf8(body: bytes, charset: str, media_type: str) -> bytes:
         except (LookupError, ValueError) as exc:
             raise ContentError(f"not text in charset {charset!r}: {exc}") from exc
     return body.removeprefix(codecs.BOM_UTF8) if media_type in TABULAR else body
-
-
-def is_utf8(charset: str) -> bool:
-    """Whether UTF-8, in which everything is written here, may be called this."""
-    return charset.lower() in ("utf-8", "utf8", "us-ascii", "ascii")
 
 
 def _line_ends(body: bytes) -> Int64s:

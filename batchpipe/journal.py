@@ -91,8 +91,7 @@ def open_journal(store: Store, folder: str) -> Journal:
 
     Raises OutputError if another start begins the same epoch at this moment.
     """
-    accepted = _accepted(store, folder)
-    return _begin_epoch(store, folder, max(accepted, default=0) + 1, accepted)
+    return _begin_epoch(store, folder, accepts=True)
 
 
 def revoke_journal(store: Store, folder: str) -> str:
@@ -100,12 +99,14 @@ def revoke_journal(store: Store, folder: str) -> str:
 
     Until it is, nothing of the journal counts, whatever else of it is removed first and whatever a late writer adds.
     """
-    journal = _begin_epoch(store, folder, max(_accepted(store, folder), default=0) + 1, {})
+    journal = _begin_epoch(store, folder, accepts=False)
     return join(folder, _segment(journal.epoch, 0, ""))
 
 
-def _begin_epoch(store: Store, folder: str, epoch: int, accepted: Mapping[int, _Accepted]) -> Journal:
-    journal = Journal(store, folder, epoch, accepted)
+def _begin_epoch(store: Store, folder: str, *, accepts: bool) -> Journal:
+    before = _accepted(store, folder)
+    accepted = before if accepts else {}
+    journal = Journal(store, folder, max(before, default=0) + 1, accepted)
     journal.append("epoch", token=journal.token, accepts=accepted)
     journal.flush()
     return journal

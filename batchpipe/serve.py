@@ -192,7 +192,6 @@ class _Server:
             return records
         names = self._columns
         if asked.media_type == CSV and content.has_header(asked.content_type):
-            assert isinstance(records, ByteRecords)
             names, records = (), behind_header(records)
         return to_table(records, names) if self._stage.takes_table and can_be_table(records) else records
 

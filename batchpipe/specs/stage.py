@@ -43,6 +43,11 @@ _CALLABLE_ONLY = ("params", "may_drop", "thread_safe")
 _HTTP_ONLY = ("content_type", "accept", "request_key", "answer_key", "header", "count")
 
 
+def is_utf8(charset: str) -> bool:
+    """Whether UTF-8, in which everything is written here, may be called this."""
+    return charset.lower() in ("utf-8", "utf8", "us-ascii", "ascii")
+
+
 def _check_name(name: str) -> str:
     # Names stand in dotted paths (no dots), beside indices (not only digits), in file names and container names.
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,62}", name):
@@ -240,8 +245,7 @@ class StageSpec(Spec):
         stated = re.fullmatch(
             r".*(?:csv|json|ndjson|jsonl|lines)\b.*; *charset=[\"']?([\w.-]+).*", self.content_type or "", re.I
         )
-        is_other = stated and stated[1].lower() not in ("utf-8", "utf8", "us-ascii", "ascii")
-        return stated[1] if stated and is_other else None
+        return stated[1] if stated and not is_utf8(stated[1]) else None
 
     @property
     def kind(self) -> StageKind:

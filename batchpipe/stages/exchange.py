@@ -91,7 +91,7 @@ class Exchange:
         is_named = content.parse_content_type(answered)[0] == content.CSV and content.has_header(answered)
         if self.takes_one(sent):
             if is_named and body:
-                rows = behind_header(_bytes_of(content.decode(body, answered)))
+                rows = behind_header(content.decode(body, answered))
                 if len(rows) == 1:  # else it is a whole file, as an object is one
                     return rows
             return content.decode_one(body, answered, answer_key=self.answer_key)
@@ -100,7 +100,7 @@ class Exchange:
         if not content.holds_many(answered):
             raise ContentError(f"records of {answered} cannot be counted; does `accept` name a type of many records?")
         records = content.decode(body, answered, answer_key=self.answer_key)
-        return behind_header(_bytes_of(records)) if is_named else records
+        return behind_header(records) if is_named else records
 
     def can_send(self, records: Records, content_type: str) -> bool:
         """Whether records of this kind can be sent at all; what else is wrong is a single record's."""
@@ -126,11 +126,6 @@ def _must_be_parsed(records: ByteRecords, content_type: str, *, header: bool) ->
         return False
     is_sent_as_it_is = content.can_be_sent(records, content_type, header=header)
     return not is_sent_as_it_is and len(records) > 0 and knows_columns(records)
-
-
-def _bytes_of(records: Records) -> ByteRecords:
-    assert isinstance(records, ByteRecords)
-    return records
 
 
 def _wants_header(stage: "StageSpec") -> bool:

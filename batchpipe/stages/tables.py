@@ -48,8 +48,9 @@ def to_table(records: ByteRecords, names: Sequence[str] = ()) -> pa.Table:
     return parsed.table
 
 
-def behind_header(records: ByteRecords) -> ByteRecords:
+def behind_header(records: Records) -> ByteRecords:
     """CSV records that know the first of them as their header. Raises ContentError."""
+    assert isinstance(records, ByteRecords), "CSV is decoded to text"
     if not len(records):
         raise ContentError("no header in an empty body")
     header = bytes(records[0]).rstrip(b"\r\n") + b"\n"
