@@ -244,6 +244,37 @@ def stage(frame: pd.DataFrame):
     assert [row["n"] for row in answers(outcome)] == [0, 1, 2, 3, 4, 6, 7]
 
 
+@pytest.mark.parametrize("shape", ["pd.DataFrame({'n': values})", "[{'n': n} for n in values]", "{'n': values}"])
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("2**70", "returned column 'n' with values that no one type can hold: "),
+        ("deep()", "maximum recursion depth exceeded"),
+        ("Odd()", "returned column 'n' with values that no one type can hold: Could not convert"),
+    ],
+)
+def test_an_answer_that_no_column_can_hold_fails_only_for_its_record(make_job, shape: str, value: str, why: str):
+    source = f"""
+class Odd:
+    pass
+def deep():
+    nested = []
+    for _ in range(2_000):
+        nested = [nested]
+    return nested
+def stage(frame: pd.DataFrame):
+    values = [{value} if n == 5 else int(n) for n in frame.n]
+    return {shape}
+"""
+    outcome = run_chain(make_job(source), TABLE)
+
+    (failed,) = outcome.failed
+    assert failed.place == 5
+    assert failed.why.message.startswith(why)
+    assert failed.why.location.endswith(".py:11")
+    assert [row["n"] for row in answers(outcome)] == [0, 1, 2, 3, 4, 6, 7]
+
+
 def test_a_callable_may_say_that_a_second_attempt_helps(make_job, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("batchpipe.invoke.FIRST_DELAY_S", 0.001)
     source = """

@@ -17,6 +17,9 @@ from batchpipe.convert.schema import plain_schema
 SINGLE = "prediction"
 """The column of answers that are one value each and have no name."""
 
+_UNHELD = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, RecursionError)
+"""What Arrow raises for values that it has no column for: of several types, too large, nested too deeply."""
+
 _KINDS = (
     "a pandas DataFrame or Series, a pyarrow Table, a dict of arrays, a numpy array, "
     "or a list of dicts, of bytes or of single values"
@@ -100,8 +103,8 @@ def _from_pandas(frame: Any) -> pa.Table:
     for place, name in enumerate(names):
         try:
             arrays.append(pa.array(frame.iloc[:, place], from_pandas=True))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-            raise ValueError(f"returned column {name!r} with values of no one type: {_short(error)}") from error
+        except _UNHELD as error:
+            raise _no_column(name, error) from error
     return pa.table(arrays, names=names) if names else _no_columns(len(frame))
 
 
@@ -125,8 +128,8 @@ def _column(values: Any, name: str) -> Any:
         if isinstance(values, np.ma.MaskedArray):
             return pa.array(values.data, mask=np.ma.getmaskarray(values))
         return pa.array(values) if not isinstance(values, pa.ChunkedArray) else values
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise ValueError(f"returned column {name!r} with values of no one type: {_short(error)}") from error
+    except _UNHELD as error:
+        raise _no_column(name, error) from error
 
 
 def _from_array(array: np.ndarray[Any, Any]) -> pa.Table:
@@ -190,6 +193,10 @@ def _described(value: Any) -> str:
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _no_column(name: str, error: Exception) -> ValueError:
+    return ValueError(f"returned column {name!r} with values that no one type can hold: {_short(error)}")
 
 
 def _short(error: Exception) -> str:

@@ -107,10 +107,9 @@ class CallableStage:
             records = convert.from_answer(result, keeps_frame=self.hands_on_frames)
         except TypeError as error:
             raise self._broken(str(error)) from error
-        except ValueError as error:  # values of no one type: halves may be of one each
-            raise InvocationFailed(
-                "ValueError", str(error), Remedy.ISOLATE, location=_defined_at(self._function)
-            ) from error
+        except Exception as error:  # values that no one type holds: halves may be of one each
+            reason, where = type(error).__name__, _defined_at(self._function)
+            raise InvocationFailed(reason, _text_of(error), Remedy.ISOLATE, location=where) from error
         if len(records) != expected:
             what = "sent" if kept is None else "kept"
             may_drop = "; to drop records state may_drop: true and return (result, kept)"
