@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
+from batchpipe import gauge
 from batchpipe.batch import ByteRecords, Records, slice_records
 from batchpipe.errors import RecordsFailedError
 from batchpipe.manifest import StageStats
@@ -171,6 +172,7 @@ class Invoker:
         finally:
             seconds = time.perf_counter() - started
             stats[self.stage.name] += StageStats(invocations=1, records=len(records), seconds=seconds)
+            gauge.show("moved", 1)  # a run whose last record takes every attempt is not stuck: each has an end
 
     async def _doubt(self, why: InvocationFailed, weight: int) -> None:
         """Count what failed in a row. Where it is much the stage must prove itself, and then twice as much may fail."""
@@ -210,6 +212,7 @@ class Invoker:
                 f"or wait for it in the run: --set on_error.no_progress_timeout_s={2 * wanted_s:.0f}",
             )
         await asyncio.sleep(delay_s)
+        gauge.show("moved", 1)
 
     def _broken(self, failure: InvocationFailed) -> RecordsFailedError:
         message = f"stage {self.stage.name!r} fails for whatever it is sent, also for a record that it answered before"

@@ -361,3 +361,15 @@ def test_flight_delays_as_images_answers_as_the_callables_do(jobs: Jobs, engine:
     ]
     assert tables[0].num_rows > 30_000
     assert tables[0].equals(tables[1])
+
+
+def test_run_whose_last_record_takes_every_attempt_is_not_stuck(jobs: Jobs):
+    """Nothing moves but attempts, each shorter than the run waits, all of them longer."""
+    stage = {**process_stage("model"), "invocations_timeout_s": 1, "invocations_max_retries": 0}
+    limits = {"max_failed_records": 1, "no_progress_timeout_s": 4}
+    job = write_job(jobs, [stage], "!slow 600", *map(str, range(15)), batch={}, on_error=limits)
+
+    ran = jobs.run("run", job)
+
+    assert (ran.code, answers(jobs)) == (0, [str(n) for n in range(15)]), ran.err
+    assert "1 record   Timeout in model" in ran.out
