@@ -7,10 +7,12 @@ has more invocations in flight than it allows.
 import asyncio
 import threading
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager, suppress
 from copy import copy
+from dataclasses import dataclass
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count, pairwise
 from pathlib import Path
@@ -85,6 +87,14 @@ class Slots:
         self._free += 1
 
 
+@dataclass(slots=True)
+class Answered:
+    """A record that all stages answered when the run began, of which a task tells how it is read."""
+
+    read: Callable[[], Records | None] = lambda: None
+    """As the first stage is sent it; None where it cannot be read any more."""
+
+
 class Chain:
     """The open stages of one worker and the event loop they run on. A context manager; closing it closes them."""
 
@@ -94,6 +104,9 @@ class Chain:
         self._loop = loop
         self._slots = [Slots(stage.concurrency) for stage in self.stages]
         self._ages = count()
+        self.answered = Answered()
+        for place, invoker in enumerate(invokers):
+            invoker.find_proof = partial(self._answered_before, place)
 
     def with_children(self, job: Job, watcher: Watcher, scratch: Path) -> "Chain":
         """The same chain with its callables in child processes, for splits that lost their worker.
@@ -110,6 +123,7 @@ class Chain:
                 process, slots = shared or (SharedProcess(job, watcher, scratch), Slots(ChildStage.concurrency))
                 stages[place] = child = ChildStage(spec, stage, process)
                 isolated._invokers[place] = Invoker(child, spec.invocations_max_retries)
+                isolated._invokers[place].find_proof = partial(isolated._answered_before, place)
                 isolated._slots[place] = slots
                 shared = (process, slots) if stage.hands_on_frames else None
         isolated.stages = tuple(stages)
@@ -197,6 +211,18 @@ class Chain:
                 answer = await invoker.invoke(outcome.records, limit, stats)
             outcome = _compose(outcome, answer)
         return outcome
+
+    async def _answered_before(self, place: int) -> Records | None:
+        """What the stage at this place is sent of the record that all answered; None where that cannot be told."""
+        records = await asyncio.to_thread(self.answered.read)
+        for stage in self.stages[:place]:
+            if records is None:
+                break
+            try:
+                records = (await stage.invoke(records)).records
+            except InvocationFailed:
+                return None
+        return records if records is not None and len(records) else None
 
     def _start(self, coroutine: Coroutine[Any, Any, Outcome]) -> "Future[Outcome]":
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -4,8 +4,8 @@ import asyncio
 import math
 import random
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -20,7 +20,7 @@ FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 60.0
 FAILURES_IN_A_ROW = 100
 """Records that fail one after the other before a stage must show that it still answers anything."""
-DEATH_WEIGHT = 5
+DEATH_WEIGHT = 25
 """What the death of a server counts for among those failures: each costs the start of another one."""
 DEATHS_THAT_PROVE = 2
 
@@ -33,6 +33,8 @@ class Invoker:
         self._max_retries = max_retries
         self._longest_wait_s = longest_wait_s
         """What a server may ask for: beyond that the run would end while it waits, as nothing moves."""
+        self.find_proof: Callable[[], Awaitable[Records | None]] = _know_none
+        """Finds a record that this stage answered in another worker, for one that has answered none here."""
         self._proof: Records | None = None
         """A record that the stage answered: asked again, it tells bad records from a stage that answers no more."""
         self._failed_in_row = 0
@@ -177,7 +179,7 @@ class Invoker:
     async def _doubt(self, why: InvocationFailed, weight: int) -> None:
         """Count what failed in a row. Where it is much the stage must prove itself, and then twice as much may fail."""
         self._failed_in_row += weight
-        if self._proof is not None and self._failed_in_row >= self._patience:
+        if self._failed_in_row >= self._patience:
             self._failed_in_row = 0  # others that fail meanwhile need not ask as well
             try:
                 await self._prove(why)
@@ -189,12 +191,17 @@ class Invoker:
     async def _prove(self, why: InvocationFailed) -> None:
         """Ask the stage again for what it answered before: where it answers, the records that failed are at fault.
 
-        Raises RecordsFailedError where it does not: a stage that is broken costs one error and not every record.
+        Raises RecordsFailedError where it does not: a stage that is broken costs one error and not every record. Where
+        no record is known that it answered, nothing is learned.
         """
-        tries = _Tries(_Search(FailureLimit(None), {}, self._max_retries, why.remedy is Remedy.DIED), is_single=True)
+        if self._proof is None and (found := await self.find_proof()) is not None:
+            self._proof = _one_of(found)
+        stats = defaultdict[str, StageStats](StageStats)
+        search = _Search(FailureLimit(None), stats, self._max_retries, why.remedy is Remedy.DIED)
+        tries = _Tries(search, is_single=True)
         while self._proof is not None:
             try:
-                await self.stage.invoke(self._proof, alone=tries.alone)
+                await self._attempt(self._proof, search.stats, alone=tries.alone)
                 return
             except InvocationFailed as failure:
                 if (delay_s := tries.delay_s(failure)) is None:
@@ -263,6 +270,10 @@ class _Tries:
             return None
         self._retried += 1
         return _delay_s(self._retried, failure.retry_after_s)
+
+
+async def _know_none() -> None:
+    """Know no record that the stage answered."""
 
 
 def _one_of(records: Records) -> Records:

@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Self
 
 import pyarrow as pa
@@ -10,7 +10,8 @@ import pyarrow as pa
 from batchpipe import __version__
 from batchpipe.convert import InputSchema
 from batchpipe.job import Job
-from batchpipe.split import InputObject, Split
+from batchpipe.redact import clean_uri
+from batchpipe.split import InputObject, Range, Split, pick
 from batchpipe.storage import join
 
 HIDDEN = "_batchpipe"
@@ -89,6 +90,8 @@ class Schemas:
     """What containers said on ``/execution-parameters``, by stage: read once, so that the plan stays fixed."""
     is_proved: bool = False
     """Whether a record was answered. Where none is, in the whole dataset, the first part stands for the columns."""
+    answered: Range | None = None
+    """That record: asked again, it tells records that fail from a stage that answers no more."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, for the journal."""
@@ -98,7 +101,8 @@ class Schemas:
         )
         input_, output = _text(found.schema if found else None), _text(self.output)
         advice = {name: dict(said) for name, said in self.advice.items()}
-        return {"input": input_, **columns, "output": output, "advice": advice, "is_proved": self.is_proved}
+        proof = {"is_proved": self.is_proved, "answered": _place(self.answered)}
+        return {"input": input_, **columns, "output": output, "advice": advice, **proof}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -107,7 +111,7 @@ class Schemas:
         schema = None
         if found is not None:
             schema = InputSchema(found, frozenset(data["stated"]), tuple(data["columns"]), data["header_of"])
-        return cls(schema, output, data["advice"], data["is_proved"])
+        return cls(schema, output, data["advice"], data["is_proved"], _range(data.get("answered")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,17 @@ class Orders:
     def _advised_mb(self, stage: str) -> float | None:
         advised = self.schemas.advice.get(stage, {}).get("MaxPayloadInMB")
         return None if advised is None else float(advised)
+
+
+def _place(answered: Range | None) -> list[Any] | None:
+    if answered is None or answered.picks is None:
+        return None
+    found = replace(answered.object, uri=clean_uri(answered.object.uri))
+    return [astuple(found), answered.picks.records.tolist(), answered.picks.offsets.tolist()]
+
+
+def _range(place: list[Any] | None) -> Range | None:
+    return None if place is None else pick(InputObject(*place[0]), *place[1:])
 
 
 def _text(schema: pa.Schema | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchpipe.batch import MiniBatch, Records
+from batchpipe.batch import MiniBatch, Origins, Records
 from batchpipe.chain import Chain, new_stats
 from batchpipe.convert import CastError, InputSchema, output_schema
 from batchpipe.errors import JobError, StageStartError
@@ -20,7 +20,7 @@ from batchpipe.parts import add_source, as_columns
 from batchpipe.quarantine import Quarantine, open_quarantine
 from batchpipe.source import Source
 from batchpipe.specs.arrow_types import arrow_type
-from batchpipe.split import InputObject, Split
+from batchpipe.split import InputObject, Range, Split, pick
 from batchpipe.storage import ObjectFile, open_store
 from batchpipe.transform import chain_of, misfit, naming_what_was_sent
 from batchpipe.worker_chain import open_worker_chain
@@ -94,7 +94,8 @@ class _Trial:
                             output = _output_schema(orders.job, outcome, sent, split)
                         except (TypeError, ValueError) as error:
                             raise misfit(error, source, sent.origins.take(outcome.places)) from error
-                        return replace(orders.schemas, output=output, is_proved=True)
+                        answered = _place_of(sent.origins.take(outcome.places), split)
+                        return replace(orders.schemas, output=output, is_proved=True, answered=answered)
                     source.settle(sent, outcome)
                     self._dropped += len(outcome.dropped)
                     self._failed_in.update(failed.stage for failed in outcome.failed)
@@ -132,6 +133,13 @@ class _Trial:
     def _result(self, split: Split, source: Source, quarantine: Quarantine) -> SplitResult:
         kept, failures = quarantine.finish(), tuple(self._first)
         return SplitResult(split.index, source.results(), None, *kept, failures=failures, stopped=True)
+
+
+def _place_of(answered: Origins, split: Split) -> Range | None:
+    """The first of some records, as the range that holds it alone; None where nothing tells its place."""
+    found = split.ranges[int(answered.ranges[0])]
+    record, offset = int(answered.ordinals[0]) if found.is_first else -1, int(answered.offsets[0])
+    return pick(found.object, [record], [offset]) if record >= 0 or offset >= 0 else None
 
 
 def open_stages(orders: Orders) -> Mapping[str, Mapping[str, Any]]:

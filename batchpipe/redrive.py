@@ -29,7 +29,7 @@ from batchpipe.published import read_description
 from batchpipe.quarantine import read_failures
 from batchpipe.redact import clean_uri
 from batchpipe.runs import RunFolder
-from batchpipe.split import WHOLE, InputObject, Picks, Range, Split
+from batchpipe.split import InputObject, Picks, Split, pick
 from batchpipe.storage import Store, open_store
 from batchpipe.tables import iter_table
 
@@ -146,11 +146,7 @@ class RedrivePlan:
     def __iter__(self) -> Iterator[Split]:
         with self.spool.open() as lines:
             for index, line in enumerate(lines):
-                yield Split(index, tuple(_range_of(*picked) for picked in json.loads(line)))
-
-
-def _range_of(place: list[Any], records: list[int], offsets: list[int]) -> Range:
-    return Range(InputObject(*place), 0, WHOLE, picks=Picks(array("q", records), array("q", offsets)))
+                yield Split(index, tuple(pick(InputObject(*place), *picks) for place, *picks in json.loads(line)))
 
 
 def plan_redrive(job: Job, redriven: Redriven, listed: Inputs, scratch: Path) -> RedrivePlan:

@@ -157,7 +157,8 @@ class Run:
             if isinstance(found, Unproved):
                 raise self._unproved(found, pool)
             is_proved = found.is_proved
-            orders = orders if output.schemas else replace(orders, schemas=found)
+            kept = replace(orders.schemas, answered=found.answered or orders.schemas.answered)
+            orders = replace(orders, schemas=kept if output.schemas else found)
         if output.schemas:
             return orders
         if not orders.schemas.is_proved:

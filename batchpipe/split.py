@@ -1,11 +1,8 @@
 """What a run reads, as small descriptions: input objects, ranges of them, splits. Pure data, sent to workers."""
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from array import array
 
 SPLITS_AT_A_TIME = 2
 """Splits a worker runs side by side: reading and writing of one overlap with computing of the other."""
@@ -68,6 +65,11 @@ class Range:
 
 WHOLE = 2**63 - 1
 """The stop of a range that reads its object to the end."""
+
+
+def pick(found: InputObject, records: Iterable[int], offsets: Iterable[int]) -> Range:
+    """Some records of an object alone, in order, by their numbers and first bytes; -1 is unknown."""
+    return Range(found, 0, WHOLE, picks=Picks(array("q", records), array("q", offsets)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ Also `run_chain`, the same chain without Dask or files. What comes before a run'
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,23 @@ def chain_of(splits: tuple[Split, ...], orders: Orders) -> Chain:
         raise PoolError(msg, next=f"install batchpipe {orders.version} where the workers run")
     chain = open_worker_chain(orders.job, orders.place.run_id, isolated=any(split.isolated for split in splits))
     chain.follow(orders.schemas.advice)
+    chain.answered.read = partial(read_answered, chain, orders)
     return chain
+
+
+def read_answered(chain: Chain, orders: Orders) -> Records | None:
+    """The record that is known to be answered, as the first stage is sent it; None where it cannot be read."""
+    if (found := orders.schemas.answered) is None:
+        return None
+    split = Split(0, (found,))
+    with (
+        suppress(BatchpipeError),
+        open_quarantine(orders.place, split) as quarantine,
+        Source(split, orders, quarantine, FailureLimit(None)) as source,
+    ):
+        batches = source.batches(as_tables=chain.takes_tables, with_header=chain.takes_header)
+        return next((batch.records for batch in batches), None)
+    return None
 
 
 def run_split(chain: Chain, split: Split, orders: Orders) -> SplitResult:
