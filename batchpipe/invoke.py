@@ -6,7 +6,7 @@ import random
 import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 
 from batchpipe import gauge
@@ -93,7 +93,7 @@ class Invoker:
         search.limit.add(why)
         search.stats[self.stage.name] += StageStats(failed=1)
         await self._doubt(why, weight=1)
-        return Outcome(None, NONE, (FailedRecord(0, self.stage.name, why, tries.attempts),))
+        return Outcome(None, NONE, (FailedRecord(0, self.stage.name, search.lean(why), tries.attempts),))
 
     async def _count_again(self, records: Records, search: "_Search", why: InvocationFailed) -> None:
         """Where no record is to blame for a wrong count: was it chance, or does the stage not go record by record?
@@ -239,6 +239,13 @@ class _Search:
     retries: int
     alone: bool
     is_halving: bool = False
+    tracebacks: dict[tuple[str, str], str] = field(default_factory=dict)
+    """The first of each kind, of which one is kept: a mini-batch may hold a hundred thousand records that fail."""
+
+    def lean(self, why: InvocationFailed) -> InvocationFailed:
+        """A failure without the calls that it came through, which hold on to all that they were called with."""
+        text = self.tracebacks.setdefault((why.reason, why.location), why.traceback)
+        return InvocationFailed(why.reason, why.message, why.remedy, location=why.location, traceback=text)
 
     def halved(self, *, alone: bool) -> "_Search":
         """A halving gets at most one quick second attempt: the whole mini-batch has had its backoff."""
