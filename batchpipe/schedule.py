@@ -4,7 +4,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import TypeAlias
 
 from batchpipe.job import Job
@@ -140,16 +140,16 @@ class Schedule:
         return bool(self._settled[split]) or split in self._held
 
     def take(self, slots: int) -> tuple[Split, ...]:
-        """The next run of consecutive splits, for one of `slots` places that work side by side; empty if none waits.
+        """The next splits, for one of `slots` places that work side by side; empty if none waits.
 
-        Each carries how many more records of the run may fail.
+        Those that must run again come first. Each carries how many more records of the run may fail.
         """
+        left = self.tally.splits - self.tally.settled - len(self._running)
+        size = max(1, min(int(TASK_S / max(self._seconds_per_split, 1e-6)), LARGEST_TASK, left // (2 * slots)))
         if self._again:
-            taken = [self._again.popleft()]
+            taken = [self._again.popleft() for _ in range(min(size, len(self._again)))]
         else:
-            left = self.tally.splits - self.tally.settled - len(self._running)
-            size = min(int(TASK_S / max(self._seconds_per_split, 1e-6)), LARGEST_TASK, left // (2 * slots))
-            taken = [split for _, split in zip(range(max(size, 1)), self._fresh, strict=False)]
+            taken = list(islice(self._fresh, size))
         if self._allowed_failures is not None:
             left = max(0, self._allowed_failures - self.tally.accounts.quarantined)
             taken = [replace(split, allowed_failures=left) for split in taken]

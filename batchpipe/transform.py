@@ -34,8 +34,13 @@ REDRIVEN_COLUMNS = (
 )
 
 
+LONGEST_TASK_S = 3.0
+"""A task that takes longer returns what it has: what was not returned is lost with its worker or its driver."""
+
+
 def run_splits(splits: tuple[Split, ...], orders: Orders) -> list[SplitResult | SplitFailed]:
-    """Run consecutive splits on this worker's chain; stops at the first that fails or stops itself."""
+    """Run splits on this worker's chain, up to the first that fails, stops itself, or ends after LONGEST_TASK_S."""
+    began = time.monotonic()
     chain = chain_of(splits, orders)
     if orders.schemas.is_proved:
         chain.note_that_stages_fit()
@@ -47,7 +52,7 @@ def run_splits(splits: tuple[Split, ...], orders: Orders) -> list[SplitResult | 
             outcomes.append(SplitFailed(split.index, error))
             break
         outcomes.append(result)
-        if result.stopped:
+        if result.stopped or time.monotonic() - began >= LONGEST_TASK_S:
             break
     return outcomes
 

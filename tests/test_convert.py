@@ -211,7 +211,7 @@ def test_a_list_of_bytes_stays_bytes():
     ([1, "x"], ValueError, "returned column 'prediction' with values that no one type can hold: "),
     ([b"a", "x"], TypeError, "returned a list whose item 0 is a bytes, and others are not"),
     ([1, {"a": 1}], TypeError, "returned a list whose item 1 is a dict, and others are not"),
-    ([object()], ValueError, "returned column 'prediction' with values that no one type can hold: Could not convert <object"),
+    ([object()], ValueError, "returned column 'prediction' with values that no one type can hold: Could not convert"),
     ([{"a": 1}, None], TypeError, "returned a list whose item 1 is None, and others are dicts"),
     ([{}, {}], ValueError, "returned 2 records without a single column"),
     (pd.DataFrame(index=[1, 2]), ValueError, "returned 2 records without a single column"),

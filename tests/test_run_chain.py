@@ -233,6 +233,24 @@ def test_an_answer_of_another_content_type_costs_its_record_alone(jobs: Jobs, ma
         assert jobs.quarantined()[0]["message"] == "answered text/html; the next stage takes text/csv"
 
 
+@pytest.mark.parametrize(("longest_s", "count"), [(0.0, 1), (60.0, 4)])
+def test_a_task_that_takes_long_returns_what_it_has(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest_s: float, count: int
+):
+    monkeypatch.setattr("batchpipe.transform.LONGEST_TASK_S", longest_s)
+    for name in "abcd":
+        jobs.write(f"in/{name}.csv", "n\n1\n")
+    job, run_id = load_job(jobs.job("stages:peak", output={"format": "raw", "layout": "mirror"})), jobs.run_id
+    splits = tuple(make_plan(list_inputs(job.input, tmp_path), job))
+    try:
+        done = run_splits(splits, Orders(Place(job, run_id, "part-", "1"), Schemas(is_proved=True)))
+    finally:
+        close_worker_chain(run_id)
+
+    assert [(result.split, type(result)) for result in done] == [(index, SplitResult) for index in range(count)]
+    assert len(splits) == 4
+
+
 @pytest.mark.parametrize("is_proved", [True, False])
 def test_another_content_type_is_a_records_fault_on_every_worker_once_the_first_mini_batch_has_fitted(
     jobs: Jobs, url: str, tmp_path: Path, is_proved: bool

@@ -190,3 +190,17 @@ def test_splits_travel_together_when_they_are_short_and_alone_near_the_end():
         last = task
         list(schedule.settle(task, [world.run(split) for split in task]))
     assert len(last) == 1
+
+
+def test_what_a_task_did_not_come_to_is_run_next_and_travels_together_again():
+    schedule = Schedule(make_splits(1000), 1000)
+    world = World([0], 10_000, set())
+    while len(task := schedule.take(2)) < 20:
+        list(schedule.settle(task, [world.run(split) for split in task]))
+
+    settled = list(schedule.settle(task, [world.run(split) for split in task[:5]]))
+    again = schedule.take(2)
+
+    assert [result.split for result in settled] == [split.index for split in task[:5]]
+    assert again == task[5 : 5 + len(again)]
+    assert len(again) > 5
