@@ -17,11 +17,10 @@ from batchpipe.manifest import Manifest
 from batchpipe.orders import HIDDEN
 from batchpipe.output import Output
 from batchpipe.publication import (
-    OvertakenError,
-    PiecesLostError,
+    drop_run,
     finish_published,
     is_committed,
-    publish_committed,
+    roll_forward,
     unpublish,
 )
 from batchpipe.published import find_damage, iter_parts, read_manifest
@@ -30,7 +29,6 @@ from batchpipe.runs import (
     PieceSpool,
     RunFolder,
     discard_each,
-    discard_run,
     find_runs,
     has_settled,
     iter_pending,
@@ -78,7 +76,7 @@ def open_output(  # noqa: PLR0913 - one step of a run, which has all of these
             return
         # A run that settled nothing is no loss: whoever mends the job after its first error need not ask for it.
         for run in [run for run in unfinished if restart or not has_settled(store, RunFolder(root, run))]:
-            discard_run(store, RunFolder(root, run))
+            drop_run(store, RunFolder(root, run))
             unfinished.remove(run)
         output.replaced, output.redrives = finished, redrives
         _no_other_run_or_raise(output, unfinished)
@@ -136,26 +134,10 @@ def _finish_begun(store: Store, root: str, options: Mapping[str, Any]) -> tuple[
         finish_published(store, RunFolder(root, finished.run_id), finished)
         unfinished.remove(finished.run_id)
     for run in [run for run in unfinished if is_committed(store, RunFolder(root, run))]:
-        _roll_forward(store, RunFolder(root, run))
+        roll_forward(store, RunFolder(root, run))
         unfinished.remove(run)
         finished = read_manifest(store, root, options)
     return finished, unfinished
-
-
-def _roll_forward(store: Store, folder: RunFolder) -> None:
-    """Finish a run that had begun to publish. Pieces that are gone only that run itself can make anew.
-
-    A late writer's that committed after others had gone on is dropped.
-    """
-    try:
-        publish_committed(store, folder)
-    except OvertakenError:
-        discard_run(store, folder)
-    except PiecesLostError as error:
-        journal = open_journal(store, folder / "journal")
-        journal.append("lost", pieces=error.pieces)
-        journal.flush()
-        raise
 
 
 def _is_done(output: Output, finished: Manifest) -> bool:

@@ -290,7 +290,7 @@ def clean(output: str | None, unfinished: bool) -> None:
 
     removed = clean_host(_note)
     if output:
-        removed += clean_output(*_open_output(output), drops_unfinished=unfinished)
+        removed += clean_output(*_open_output(output), drops_unfinished=unfinished, note=_note)
     for found in removed:
         answer(f"removed {found}")
     if not removed:

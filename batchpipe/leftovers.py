@@ -11,9 +11,9 @@ from typing import Any
 from batchpipe.errors import BatchpipeError
 from batchpipe.orders import HIDDEN
 from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX, SWEEP_PREFIX
-from batchpipe.publication import sweep
+from batchpipe.publication import PiecesLostError, drop_run, is_committed, roll_forward, sweep
 from batchpipe.published import read_manifest
-from batchpipe.runs import RunFolder, discard_run, find_runs, iter_pending, remove_strays
+from batchpipe.runs import RunFolder, find_runs, iter_pending, remove_strays
 from batchpipe.stages.engine import EngineError, NoEngineError, find_engine
 from batchpipe.stages.leftovers import find_started, remove_started
 from batchpipe.storage import ObjectMissingError, Store, join
@@ -99,10 +99,13 @@ def _holder(store: Store, root: str) -> str:
         return str(owner.get("run", ""))
 
 
-def clean_output(store: Store, root: str, *, drops_unfinished: bool) -> list[Leftover]:
+def clean_output(
+    store: Store, root: str, *, drops_unfinished: bool, note: Callable[[str], None] = lambda _: None
+) -> list[Leftover]:
     """Discard pending pieces that no journal names, or whole unfinished runs with `drops_unfinished`.
 
-    Raises LockedError (75) while a run writes there.
+    One that has begun to publish is finished instead, of which `note` is told. Raises LockedError (75) while a run
+    writes there.
     """
     with store.lock(join(root, HIDDEN, "lock"), {"run": "clean"}):
         before = find_in_output(store, root)
@@ -112,11 +115,25 @@ def clean_output(store: Store, root: str, *, drops_unfinished: bool) -> list[Lef
         for run in unfinished or [""]:
             folder = RunFolder(root, run)
             if drops_unfinished and run and not (published and published.run_id == run):
-                discard_run(store, folder)
+                _drop_or_finish(store, folder)
             else:
                 sweep(store, folder)
         kept = {found.name for found in find_in_output(store, root)}
+        if (finished := read_manifest(store, root)) and finished.run_id in unfinished:
+            note(f"run {finished.run_id} had begun to publish, and is finished")
+            kept |= {found.name for found in before if found.run_id == finished.run_id}
     return [found for found in before if found.name not in kept]
+
+
+def _drop_or_finish(store: Store, folder: RunFolder) -> None:
+    """Drop an unfinished run; one that has begun to publish only where pieces of it are gone."""
+    try:
+        if is_committed(store, folder):
+            roll_forward(store, folder)
+            return
+    except PiecesLostError:
+        pass
+    drop_run(store, folder)
 
 
 def _started(note: Callable[[str], None]) -> Iterator[Leftover]:

@@ -20,6 +20,7 @@ from batchpipe.numbering import Numbering
 from batchpipe.orders import Place, quarantine_name
 from batchpipe.publication import (
     PiecesLostError,
+    note_lost,
     publish_committed,
     write_draft,
 )
@@ -104,8 +105,9 @@ class Output:
             held.pop(entry["split"], None)
             result, piece = SplitResult.from_json(without_type(entry)), entry["piece"]
             is_lost = piece and key_of(piece) in state.lost
-            if piece and not state.has_begun_to_publish:
+            if piece and (not state.has_begun_to_publish or self._is_to_be_joined(result)):
                 is_lost = is_lost or (key_of(piece) not in unnamed and piece["uri"] not in apart)
+            if piece and not state.has_begun_to_publish:
                 unnamed.discard(key_of(piece))
             if not is_lost:
                 self.pieces.add(result)
@@ -121,6 +123,15 @@ class Output:
             remove_unsettled(
                 self.store, self.folder, lambda name, split: split in self.pieces or (name, split) in stays
             )
+
+    def _is_to_be_joined(self, result: SplitResult) -> bool:
+        """Whether the split's piece is one of several that are not one object yet, or not any more."""
+        return bool(
+            result.piece and self._is_apart(result.piece["uri"]) and result.ranges[0].object not in self.assembled
+        )
+
+    def _is_apart(self, uri: str) -> bool:
+        return uri.startswith(join(self.folder.uri, ""))
 
     def _shown_of(self, held: Mapping[str, Any], pending: Set[str]) -> list[str] | None:
         """What of a held split was shown just before a kill, by its names in SHOWN; None where a piece is gone."""
@@ -176,10 +187,9 @@ class Output:
         for index, group in groupby(self.pieces, key=lambda each: int(each[1]["objects"][0])):
             lines = list(group)
             pieces = [Pending.from_json(line["piece"]) for _, line in lines if line["piece"]]
-            if not pieces or index in self.assembled or not pieces[0].uri.startswith(join(self.folder.uri, "")):
+            if not pieces or index in self.assembled or not self._is_apart(pieces[0].uri):
                 continue
-            for piece in pieces:
-                self.store.publish(piece)
+            self._show(pieces)
             yield Assembly(
                 object=index,
                 uri=place.mirror_uri(next(found for found in objects if found.index == index)),
@@ -188,6 +198,18 @@ class Output:
                 quarantined=sum(line["quarantined"] for _, line in lines),
                 pieces=tuple(piece.uri for piece in pieces),
             )
+
+    def _show(self, pieces: Iterable[Pending]) -> None:
+        """Publish pieces where workers can read them. Raises PiecesLostError, after which they are made anew."""
+        lost: list[str] = []
+        for piece in pieces:
+            try:
+                self.store.publish(piece)
+            except PendingLostError:
+                lost.append(key(piece))
+        if lost:
+            note_lost(self.journal, lost)
+            raise PiecesLostError(lost, clean_uri(self.folder.root))
 
     def assembled_as(self, assembly: Assembly, piece: dict[str, Any]) -> None:
         """Journal that an object's pieces are one."""
@@ -227,8 +249,7 @@ class Output:
         try:
             published = publish_committed(self.store, self.folder)
         except PiecesLostError as error:
-            self.journal.append("lost", pieces=error.pieces)
-            self.journal.flush()
+            note_lost(self.journal, error.pieces)
             raise
         self.manifest = with_dataset(published, self.store, self.folder.root, self.job.output.storage_options)
         return self.manifest

@@ -10,12 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 from batchpipe.errors import OutputError
-from batchpipe.journal import read_journal
+from batchpipe.journal import Journal, open_journal, read_journal
 from batchpipe.manifest import Input, Manifest, Part
 from batchpipe.orders import HIDDEN
 from batchpipe.published import iter_parts, read_manifest
 from batchpipe.redact import clean_uri
-from batchpipe.runs import RunFolder, discard_each, discard_scraps, iter_pending, key, sweep_run, unfinished_runs
+from batchpipe.runs import (
+    RunFolder,
+    discard_each,
+    discard_run,
+    discard_scraps,
+    iter_pending,
+    key,
+    sweep_run,
+    unfinished_runs,
+)
 from batchpipe.storage import (
     Lock,
     ObjectExistsError,
@@ -115,6 +124,43 @@ def publish_committed(store: Store, folder: RunFolder) -> Manifest:
     _put_manifest(store, folder, manifest, version)
     finish_published(store, folder, manifest)
     return manifest
+
+
+def roll_forward(store: Store, folder: RunFolder) -> None:
+    """Finish a run that had begun to publish. Pieces that are gone only that run itself can make anew: it is told to.
+
+    A late writer's that committed after others had gone on is dropped. Its lock must be held.
+    """
+    try:
+        publish_committed(store, folder)
+    except OvertakenError:
+        discard_run(store, folder)
+    except PiecesLostError as error:
+        note_lost(open_journal(store, folder / "journal"), error.pieces)
+        raise
+
+
+def note_lost(journal: Journal, pieces: list[str]) -> None:
+    """Journal that these pieces are gone, by their keys: the next start makes them anew, whatever was committed."""
+    journal.append("lost", pieces=pieces)
+    journal.flush()
+
+
+def drop_run(store: Store, folder: RunFolder) -> None:
+    """Drop an unfinished run, with what of it was published: no manifest names that. Its lock must be held."""
+    if any(entry["type"] == "commit" for entry in read_journal(store, folder / "journal")):
+        pieces = (Pending.from_json(json.loads(line)) for line in iter_table(store, folder / PIECES))
+        named = _named(store, folder.root)
+        store.delete(piece.uri for piece in pieces if (piece.uri, piece.sha256) not in named and store.holds(piece))
+    discard_run(store, folder)
+
+
+def _named(store: Store, root: str) -> set[tuple[str, str]]:
+    """URIs and checksums of what the current manifest names: an object may be as it was before its replacement."""
+    manifest = read_manifest(store, root)
+    if manifest is None or not store.exists(join(root, manifest.parts.uri)):
+        return set()
+    return {(join(root, part.uri), part.sha256) for part in iter_parts(store, root, manifest)}
 
 
 def _version_replaced(store: Store, folder: RunFolder, manifest: Manifest) -> str:

@@ -26,6 +26,9 @@ def gated(frame: pd.DataFrame):
         (HERE / "began").touch()
         wait_for("go")
     return frame
+
+def negated(frame: pd.DataFrame):
+    return gated(frame).assign(n=frame.n.where(frame.n < 600, -frame.n))
 """
 
 
@@ -177,19 +180,74 @@ def test_of_a_process_that_cannot_be_seen_the_lock_tells_whether_it_lives(tmp_pa
     assert (alive, states(store, root)) == (["in use"], ["unfinished"])
 
 
-def test_g2_a_run_that_had_begun_to_publish_is_finished_by_a_start_of_another_job(jobs):
-    first = jobs.start("run", gated_job(jobs))
+def stop_at_an_obstacle(jobs: Jobs, job: Path, name: str) -> None:
+    """Have a run publish all but one of its parts, in whose place there is a file of somebody else for a while."""
+    first = jobs.start("run", job)
     until((jobs.folder / "began").exists)
-    obstacle = jobs.write("out/part-00000003.jsonl", "not ours")
+    obstacle = jobs.write(f"out/{name}", "not ours")
     jobs.write("go", "")
     _, told = first.communicate(timeout=60)
-    assert first.returncode == 7
-    assert "cannot publish 'part-00000003.jsonl'" in told
-
+    assert (first.returncode, f"cannot publish {name!r}" in told) == (7, True), told
     obstacle.unlink()
+
+
+def test_g2_a_run_that_had_begun_to_publish_is_finished_by_a_start_of_another_job(jobs):
+    stop_at_an_obstacle(jobs, gated_job(jobs), "part-00000003.jsonl")
+
     second = jobs.run("run", gated_job(jobs), "--set", "output.format=csv")
 
     assert second.code == 7
     assert "the output holds the finished run" in second.err
     assert jobs.run("verify", "out").code == 0
     assert not jobs.hidden("*/journal/*")
+
+
+def test_g2_a_run_that_had_begun_to_publish_is_finished_by_clean(jobs):
+    stop_at_an_obstacle(jobs, gated_job(jobs), "part-00000003.jsonl")
+
+    cleaned = jobs.run("clean", "out", "--unfinished", PATH=NO_ENGINE)
+
+    assert (cleaned.code, cleaned.out) == (0, "nothing to clean\n")
+    assert re.search(r"run \w{8} had begun to publish, and is finished$", cleaned.err, re.M)
+    assert (jobs.run("verify", "out").code, len(jobs.records())) == (0, 1200)
+
+
+@pytest.mark.parametrize("command", [["clean", "out", "--unfinished"], ["run", "job.yaml", "--restart"]])
+def test_g2_a_run_that_lost_pieces_while_it_was_published_is_dropped_with_what_was(jobs, command: list[str]):
+    stop_at_an_obstacle(jobs, gated_job(jobs), "part-00000003.jsonl")
+    lost = jobs.hidden("*/pending/*")
+    assert lost and len(jobs.parts()) > 3
+    for piece in lost:
+        piece.unlink()
+
+    dropped = jobs.run(*command, PATH=NO_ENGINE)
+    if command[0] == "run":  # which learns just now that a piece is gone
+        assert (dropped.code, f"somebody removed {len(lost)} of the pending pieces" in dropped.err) == (7, True), dropped.err
+        dropped = jobs.run(*command)
+
+    assert dropped.code == 0, dropped.err
+    assert command[0] == "run" or not jobs.parts()
+    assert (jobs.run("run", "job.yaml").code, len(jobs.records())) == (0, 1200)
+    assert jobs.run("verify", "out").code == 0
+
+
+def test_g2_of_objects_that_a_dropped_run_replaced_only_those_that_are_as_they_were_stay(jobs):
+    jobs.write("in/c.csv", csv_rows(2))
+    mirror = {"format": "csv", "layout": "mirror"}
+    assert jobs.run("run", jobs.job(output=mirror)).code == 0
+    before = jobs.part_bytes()
+    jobs.write("in/d.csv", csv_rows(2))
+    (jobs.folder / "began").unlink(missing_ok=True)
+    job = jobs.job("stages:negated", output={**mirror, "if_exists": "replace"})
+    stop_at_an_obstacle(jobs, job, "d.csv.out")
+    assert jobs.part_bytes()["b.csv.out"] != before["b.csv.out"]
+    for lost in jobs.hidden("*/pending/*"):
+        lost.unlink()
+
+    cleaned = jobs.run("clean", "out", "--unfinished", PATH=NO_ENGINE)
+
+    assert (cleaned.code, "unfinished" in cleaned.out) == (0, True), cleaned.err
+    assert jobs.part_bytes() == {name: before[name] for name in ("a.csv.out", "c.csv.out")}
+    assert "b.csv.out is missing" in jobs.run("verify", "out").err
+    assert (jobs.run("run", job).code, len(jobs.part_bytes())) == (0, 4)
+    assert jobs.run("verify", "out").code == 0

@@ -292,11 +292,14 @@ def test_publishing_twice_is_publishing_once(place: Place):
 
 
 def test_a_late_writer_cannot_change_what_was_published(place: Place):
-    place.store.publish(place.write_pending("p", b"first"))
+    first = place.write_pending("p", b"first")
+    assert not place.store.holds(first)
+    place.store.publish(first)
     late = place.write_pending("p", b"later", attempt="a2")
     with pytest.raises(ObjectExistsError):
         place.store.publish(late)
     assert place.store.read(place.at("p")) == b"first"
+    assert (place.store.holds(first), place.store.holds(late)) == (True, False)
 
 
 def test_a_discarded_piece_cannot_be_published(place: Place):

@@ -176,6 +176,11 @@ class GenericStore:
             self._filesystem.mv(self._path(pending.staging), self._path(pending.uri))
         return self.stat(pending.uri).version
 
+    def holds(self, pending: Pending) -> bool:
+        """As far as can be told where objects carry no attempt: it was moved away, to where as many bytes are."""
+        is_there = not self.exists(pending.staging) and self.exists(pending.uri)
+        return is_there and self.stat(pending.uri).size == pending.size
+
     def discard(self, pending: Pending) -> None:
         self.delete([pending.staging])
 

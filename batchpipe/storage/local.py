@@ -132,7 +132,7 @@ class LocalStore:
         """By a hard link, which never replaces; a file that holds the very bytes of the piece counts as published."""
         staged, path = Path(pending.staging), Path(resolve(pending.uri))
         with explained(WRITING, str(path)):
-            if not _holds(path, pending):
+            if not self.holds(pending):
                 if not staged.exists():
                     if path.exists() and str(path.stat().st_mtime_ns) != replaces:
                         raise ObjectExistsError(f"cannot publish {str(path)!r}: another file is there")
@@ -143,6 +143,15 @@ class LocalStore:
                 place(staged, path, replaces)
             staged.unlink(missing_ok=True)
             return str(path.stat().st_mtime_ns)
+
+    def holds(self, pending: Pending) -> bool:
+        """Byte by byte: so a publish that a kill cut short is recognized."""
+        path = Path(resolve(pending.uri))
+        with explained(WRITING, str(path)):
+            if not path.is_file() or path.stat().st_size != pending.size:
+                return False
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == pending.sha256
 
     def discard(self, pending: Pending) -> None:
         with explained(WRITING, pending.staging):
@@ -222,11 +231,3 @@ def _found_if_there(path: Path) -> Found | None:
         return _found(path)
     except FileNotFoundError:
         return None
-
-
-def _holds(path: Path, pending: Pending) -> bool:
-    """Whether the file is that piece, byte by byte: so a publish that a kill cut short is recognized."""
-    if not path.is_file() or path.stat().st_size != pending.size:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == pending.sha256

@@ -141,7 +141,7 @@ class S3Store:
             return complete(self._client, pending, **condition)
         except (StaleError, ObjectMissingError, PendingLostError) as exc:
             there = self._head(pending.uri)
-            if there and there["Metadata"].get(ATTEMPT) == pending.attempt:
+            if there and _is_of(pending, there):
                 return _version(there)
             if there and _version(there) != replaces:
                 raise ObjectExistsError(f"cannot publish {clean_uri(pending.uri)!r}: another object is there") from exc
@@ -150,6 +150,10 @@ class S3Store:
                     f"cannot publish {clean_uri(pending.uri)!r}: its pending upload is gone"
                 ) from exc
         return self.publish(pending)  # what was to be replaced is gone: the place is free
+
+    def holds(self, pending: Pending) -> bool:
+        there = self._head(pending.uri)
+        return there is not None and _is_of(pending, there)
 
     def discard(self, pending: Pending) -> None:
         abort(self._client, pending.uri, pending.upload_id)
@@ -202,6 +206,10 @@ class S3Store:
             if not page.get("IsTruncated"):
                 return
             more["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _is_of(pending: Pending, there: Mapping[str, Any]) -> bool:
+    return bool(there["Metadata"].get(ATTEMPT) == pending.attempt)
 
 
 def _version(answer: Mapping[str, Any]) -> str:

@@ -157,6 +157,9 @@ class Store(Protocol):
         PendingLostError: the piece is gone.
         """
 
+    def holds(self, pending: Pending) -> bool:
+        """Whether this very piece is visible: it was published, and nobody has put anything else in its place."""
+
     def discard(self, pending: Pending) -> None:
         """Remove a piece that was not published; twice is fine."""
 
