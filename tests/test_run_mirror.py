@@ -102,6 +102,27 @@ def test_G2_a_commit_that_failed_half_way_is_finished_by_the_next_start(jobs: Jo
     assert jobs.run("verify", jobs.out).code == 0
 
 
+def test_pieces_that_are_gone_while_it_was_published_are_made_anew(jobs: Jobs):
+    """Those that were joined as well as those that they were joined of."""
+    job = jobs.job("stages:slow", output=MIRROR, batch=SPLITS)
+    with jobs.start("run", job) as run:
+        until((jobs.folder / "began").exists, within_s=60)
+        foreign = jobs.write("out/more.csv.out", "not ours")
+        jobs.write("go", "")
+        run.communicate(timeout=60)
+    foreign.unlink()
+    lost = [*jobs.hidden("*/pending/*"), *jobs.hidden("*/pieces/*")]
+    assert (run.returncode, len(lost) > 5) == (7, True)
+    for piece in lost:
+        piece.unlink()
+
+    told, again = jobs.run("run", job), jobs.run("run", job)
+
+    assert (told.code, "somebody removed 1 of the pending pieces" in told.err) == (7, True), told.err
+    assert (again.code, jobs.part_bytes()) == (0, EXPECTED), again.err
+    assert jobs.run("verify", jobs.out).code == 0
+
+
 def test_an_answer_that_is_gone_is_told_whatever_order_names_have_and_made_anew(jobs: Jobs):
     """`small.csv` comes before `small.csv-2`, and its answer behind; `_part.csv` is named and no data of the output."""
     names = {"small.csv": 2, "small.csv-2": 3, "_part.csv": 4}
