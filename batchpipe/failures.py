@@ -27,8 +27,8 @@ class Budget:
         percent, failed = self._limits.max_failed_percent, tally.accounts.quarantined
         if not failed or is_beyond_records(self._limits, failed):
             return failed > 0
-        if percent is None:
-            return False
+        if not percent:  # of 0 percent the first failure is one too many, whatever is still unread
+            return percent is not None
         most = self._records or (tally.accounts.read if at_end else self._most_records(tally))
         return most is not None and 100 * failed > Fraction(str(percent)) * most
 

@@ -90,6 +90,13 @@ def test_a_percentage_ends_the_run_early_only_where_all_that_is_unread_cannot_sa
     assert budget.is_exceeded(tallied(100, 61, 500)) is is_certain
 
 
+@pytest.mark.parametrize(("form", "name"), [("parquet", "a.parquet"), ("csv", "a.csv.gz"), ("csv", "a.csv")])
+def test_of_0_percent_the_first_failed_record_is_one_too_many_whatever_is_unread(tmp_path: Path, form: str, name: str):
+    budget = make_budget(listed(tmp_path, (name, 1 << 40)), form, max_failed_percent=0)
+
+    assert [budget.is_exceeded(tallied(100, failed, 500)) for failed in (0, 1)] == [False, True]
+
+
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=40), st.integers(0, 100))
 def test_what_is_certain_early_is_so_in_the_end(tmp_path_factory, records: list[tuple[int, bool]], percent: int):
     inputs = listed(tmp_path_factory.getbasetemp(), ("a.csv", sum(size for size, _ in records)))
