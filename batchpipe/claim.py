@@ -4,7 +4,7 @@ A run holds the lock from here until it ends, and from then on speaks to the `Ou
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from batchpipe.manifest import Manifest
 from batchpipe.orders import HIDDEN
 from batchpipe.output import Output
 from batchpipe.publication import (
+    committed_pieces,
     drop_run,
     finish_published,
     is_committed,
@@ -74,14 +75,8 @@ def open_output(  # noqa: PLR0913 - one step of a run, which has all of these
             output.manifest = finished
             yield output
             return
-        # A run that settled nothing is no loss: whoever mends the job after its first error need not ask for it.
-        for run in [run for run in unfinished if restart or not has_settled(store, RunFolder(root, run))]:
-            drop_run(store, RunFolder(root, run))
-            unfinished.remove(run)
         output.replaced, output.redrives = finished, redrives
-        _no_other_run_or_raise(output, unfinished)
-        if run_id not in unfinished or redrives:
-            _free_or_raise(output, finished)
+        _make_room(output, finished, unfinished, drops=restart)
         output.pieces = PieceSpool(scratch / "pieces.spool")
         output.begun = start_of(store, output.folder) or {}
         output.journal = open_journal(store, output.folder / "journal")
@@ -172,6 +167,22 @@ def _drop_damaged_or_raise(output: Output, finished: Manifest, damage: str, *, d
     )
 
 
+def _make_room(output: Output, finished: Manifest | None, unfinished: list[str], *, drops: bool) -> None:
+    """Drop unfinished runs where that was asked for, once nothing speaks against this one: who is refused drops none.
+
+    One that settled nothing is no loss: whoever mends the job after its first error need not ask for it.
+    """
+    store, root = output.store, output.folder.root
+    dropped = [run for run in unfinished if drops or not has_settled(store, RunFolder(root, run))]
+    kept = [run for run in unfinished if run not in dropped]
+    _no_other_run_or_raise(output, kept)
+    if output.folder.run_id not in kept or output.redrives:
+        theirs = {piece.uri for run in dropped for piece in committed_pieces(store, RunFolder(root, run))}
+        _free_or_raise(output, finished, {relative(uri, root) for uri in theirs})
+    for run in dropped:
+        drop_run(store, RunFolder(root, run))
+
+
 def _no_other_run_or_raise(output: Output, unfinished: list[str]) -> None:
     for run in unfinished:
         theirs = start_of(output.store, RunFolder(output.folder.root, run))
@@ -198,8 +209,8 @@ def _is_redrive_of(finished: Manifest | None, run: str) -> bool:
     return finished is not None and run.startswith(f"{finished.generations[0].run_id}-redrive-")
 
 
-def _free_or_raise(output: Output, finished: Manifest | None) -> None:
-    """Refuse a folder that holds what this run did not make."""
+def _free_or_raise(output: Output, finished: Manifest | None, dropped: Set[str]) -> None:
+    """Refuse a folder that holds what this run did not make, but for what is to be dropped."""
     root, run_id = output.folder.root, output.folder.run_id
     if output.redrives:
         if finished is None or finished.run_id != output.redrives.run_id:
@@ -210,14 +221,14 @@ def _free_or_raise(output: Output, finished: Manifest | None) -> None:
         raise OutputError(
             msg, where=clean_uri(root), next="choose another output.uri, or set output.if_exists: replace"
         )
-    _only_named_or_raise(output, finished)
+    _only_named_or_raise(output, finished, dropped)
 
 
-def _only_named_or_raise(output: Output, finished: Manifest | None) -> None:
+def _only_named_or_raise(output: Output, finished: Manifest | None, dropped: Set[str] = frozenset()) -> None:
     root = output.folder.root
     has_table = finished is not None and output.store.exists(join(root, finished.parts.uri))
     named = {part.uri for part in iter_parts(output.store, root, finished)} if finished and has_table else set()
     for found in output.store.find(root):
-        if (name := relative(found.uri, root)) not in named:
+        if (name := relative(found.uri, root)) not in named and name not in dropped:
             msg = f"the output folder holds {name!r}, which no manifest names"
             raise OutputError(msg, where=clean_uri(root), next="choose another output.uri, or move what is there")

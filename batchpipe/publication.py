@@ -148,11 +148,16 @@ def note_lost(journal: Journal, pieces: list[str]) -> None:
 
 def drop_run(store: Store, folder: RunFolder) -> None:
     """Drop an unfinished run, with what of it was published: no manifest names that. Its lock must be held."""
-    if any(entry["type"] == "commit" for entry in read_journal(store, folder / "journal")):
-        pieces = (Pending.from_json(json.loads(line)) for line in iter_table(store, folder / PIECES))
-        named = _named(store, folder.root)
-        store.delete(piece.uri for piece in pieces if (piece.uri, piece.sha256) not in named and store.holds(piece))
+    named = _named(store, folder.root)
+    pieces = (piece for piece in committed_pieces(store, folder) if (piece.uri, piece.sha256) not in named)
+    store.delete(piece.uri for piece in pieces if store.holds(piece))
     discard_run(store, folder)
+
+
+def committed_pieces(store: Store, folder: RunFolder) -> Iterator[Pending]:
+    """What an unfinished run has begun to publish; nothing where it has not."""
+    if any(entry["type"] == "commit" for entry in read_journal(store, folder / "journal")):
+        yield from (Pending.from_json(json.loads(line)) for line in iter_table(store, folder / PIECES))
 
 
 def _named(store: Store, root: str) -> set[tuple[str, str]]:

@@ -222,7 +222,9 @@ def test_g2_a_run_that_lost_pieces_while_it_was_published_is_dropped_with_what_w
 
     dropped = jobs.run(*command, PATH=NO_ENGINE)
     if command[0] == "run":  # which learns just now that a piece is gone
-        assert (dropped.code, f"somebody removed {len(lost)} of the pending pieces" in dropped.err) == (7, True), dropped.err
+        assert (dropped.code, f"somebody removed {len(lost)} of the pending pieces" in dropped.err) == (7, True), (
+            dropped.err
+        )
         dropped = jobs.run(*command)
 
     assert dropped.code == 0, dropped.err

@@ -210,7 +210,9 @@ def test_a_part_that_is_gone_stops_a_redrive_and_the_run_that_it_mended(jobs: Jo
     assert [path.name for path in jobs.hidden("*") if path.is_dir()] == [restarted.manifest["run_id"]]
 
 
-def test_a_mended_job_is_not_run_while_its_redrive_is_unfinished(jobs: Jobs):
+@pytest.fixture
+def begun(jobs: Jobs) -> Path:
+    """A job, mended since, with a redrive that was killed once a split of it had settled."""
     jobs.write("in/a.csv", csv_rows(100))
     jobs.write("in/b.csv", csv_rows(300, 100))
     job = failed_first(jobs, SLOW, batch={"max_records": 1}, output={"layout": "mirror"})
@@ -220,12 +222,27 @@ def test_a_mended_job_is_not_run_while_its_redrive_is_unfinished(jobs: Jobs):
     until(lambda: '"split"' in "".join(path.read_text() for path in jobs.hidden("*-redrive-1/journal/0*.jsonl")))
     redrive.kill()
     redrive.communicate()
+    return job
 
-    refused = jobs.run("run", job, "--wait", "30")
+
+def test_a_mended_job_is_not_run_while_its_redrive_is_unfinished(jobs: Jobs, begun: Path):
+    refused = jobs.run("run", begun, "--wait", "30")
 
     assert refused.code == 2
     assert "error: the output holds the unfinished redrive " in refused.err
-    assert f"  next:  finish it: batchpipe redrive {job.name}\n" in refused.err
+    assert f"  next:  finish it: batchpipe redrive {begun.name}\n" in refused.err
+
+
+def test_a_restart_that_is_refused_drops_no_redrive(jobs: Jobs, begun: Path):
+    jobs.write("go", "")
+
+    refused = jobs.run("run", begun, "--restart", "--wait", "30")
+    kept = [path for path in jobs.hidden("*-redrive-1/journal/0*.jsonl") if '"split"' in path.read_text()]
+    resumed = jobs.run("redrive", begun)
+
+    assert (refused.code, "error: the output holds the finished run " in refused.err) == (7, True), refused.err
+    assert kept
+    assert resumed.code == 0, resumed.err
 
 
 def test_parts_of_the_tenth_redrive_come_last(jobs: Jobs):
