@@ -71,7 +71,7 @@ def open_output(  # noqa: PLR0913 - one step of a run, which has all of these
             finished, is_done = None, False
         if finished and is_done:
             if not unfinished:  # uploads that a late writer has begun since
-                discard_each(store, iter_pending(store, RunFolder(root, finished.run_id)))
+                discard_each(store, iter_pending(store, RunFolder(root, finished.run_id), finished.output_layout))
             output.manifest = finished
             yield output
             return

@@ -13,7 +13,7 @@ from batchpipe.orders import HIDDEN
 from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX, SWEEP_PREFIX
 from batchpipe.publication import PiecesLostError, drop_run, is_committed, roll_forward, sweep
 from batchpipe.published import read_manifest
-from batchpipe.runs import RunFolder, find_runs, iter_pending, remove_strays
+from batchpipe.runs import RunFolder, find_runs, iter_pending, layout_of, remove_strays
 from batchpipe.stages.engine import EngineError, NoEngineError, find_engine
 from batchpipe.stages.leftovers import find_started, remove_started
 from batchpipe.storage import ObjectMissingError, Store, join
@@ -75,7 +75,8 @@ def find_in_output(store: Store, root: str) -> list[Leftover]:
     states = {run: IN_USE if run == holder else UNFINISHED for run in unfinished}
     runs = [Leftover("run", join(root, HIDDEN, run), run, "", state) for run, state in states.items()]
     for run in [*unfinished, *strayed] or [""]:
-        for pending in iter_pending(store, RunFolder(root, run)):
+        folder = RunFolder(root, run)
+        for pending in iter_pending(store, folder, layout_of(store, folder)):
             name = pending.uri or pending.staging
             piece = Leftover("piece", name, run, "", states.get(run, ORPHAN))
             seen.setdefault(pending.upload_id or pending.staging, piece)

@@ -90,7 +90,7 @@ class Output:
         state = RunState.of(self.journal.replay())
         self.started = state.started or self.started
         self.schemas, self.assembled = state.schemas, state.assembled
-        unnamed = {key(pending) for pending in iter_pending(self.store, self.folder)}
+        unnamed = {key(pending) for pending in iter_pending(self.store, self.folder, self.job.output.layout)}
         apart = {found.uri for found in self.store.iter_folder(self.folder / "pieces")}
         if not state.has_begun_to_publish:
             self.assembled = {each: one for each, one in self.assembled.items() if key_of(one["piece"]) in unnamed}
@@ -152,8 +152,8 @@ class Output:
         Raises OutputError where an earlier start had another number of splits: their numbers would mean other records.
         """
         if not self.begun:
-            cut = {"splits": splits, "split_bytes": split_bytes}
-            self.journal.append("start", started=self.started, fingerprint=self.fingerprint.document, **cut)
+            facts = {"layout": self.job.output.layout, "splits": splits, "split_bytes": split_bytes}
+            self.journal.append("start", started=self.started, fingerprint=self.fingerprint.document, **facts)
             self.journal.flush()
         elif (before := self.begun.get("splits", 0)) != splits:
             raise OutputError(

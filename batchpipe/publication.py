@@ -208,7 +208,7 @@ def finish_published(store: Store, folder: RunFolder, manifest: Manifest) -> Non
     Also after a kill, when half of the journal may be gone, and where a late writer has begun the journal again.
     """
     if unfinished_runs(store, folder.root) in ([], [folder.run_id]):  # else the pieces may be the other's
-        discard_each(store, iter_pending(store, folder))  # what workers wrote that were lost
+        discard_each(store, iter_pending(store, folder, manifest.output_layout))  # what workers wrote that were lost
     _remove_replaced(store, folder, manifest, _replaced(store, folder, manifest))
     store.delete([folder / DRAFT, folder / PIECES])
     discard_scraps(store, folder)

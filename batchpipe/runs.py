@@ -18,8 +18,10 @@ from batchpipe.manifest import SplitResult
 from batchpipe.orders import HIDDEN
 from batchpipe.storage import Pending, Store, is_scrap, join, relative
 
-OUR_NAMES = re.compile(rf"{HIDDEN}/.*|part-(.+-)?\d{{8}}\.\w+(\.\w+)?|.+\.out(\.\w+)?", re.DOTALL)
+OUR_NAMES = re.compile(rf"{HIDDEN}/.*|part-(.+-)?\d{{8}}\.\w+(\.\w+)?", re.DOTALL)
 """Paths that pieces go to, as `Place.piece_uri` and `quarantine_uri` make them; the parts of Spark look otherwise."""
+MIRRORED_NAMES = re.compile(r".+\.out(\.\w+)?", re.DOTALL)
+"""Those of `Place.mirror_uri`. Other programs write such names, too, so they are ours only under `layout: mirror`."""
 
 PIECE_FOLDERS = frozenset({"pending", "pieces"})
 """What of a run's folder holds pieces: those that are pending, and those that are to be joined."""
@@ -49,18 +51,21 @@ class RunFolder:
         return join(self.root, HIDDEN, "manifest.json")
 
 
-def iter_pending(store: Store, folder: RunFolder) -> Iterator[Pending]:
-    """Pieces of this output that are written and not visible. Uploads of other programs there are left alone."""
+def iter_pending(store: Store, folder: RunFolder, layout: str = "") -> Iterator[Pending]:
+    """Pieces of this output that are written and not visible. Uploads of other programs there are left alone.
+
+    `layout` is the output's; where nobody knows it, names of both layouts are taken for ours.
+    """
     for pending in store.iter_pending(folder.root, staging=folder / "pending"):
         name = relative(pending.uri, folder.root) if pending.uri else ""
-        if not name or OUR_NAMES.fullmatch(name):
+        if not name or OUR_NAMES.fullmatch(name) or (layout != "parts" and MIRRORED_NAMES.fullmatch(name)):
             yield pending
 
 
 def sweep_run(store: Store, folder: RunFolder) -> None:
     """Discard every pending piece that the run's journal does not name, and scraps. Its lock must be held."""
     discard_scraps(store, folder)
-    unnamed = {key(pending) for pending in iter_pending(store, folder)}
+    unnamed = {key(pending) for pending in iter_pending(store, folder, layout_of(store, folder))}
     for entry in read_journal(store, folder / "journal") if unnamed else ():
         if entry["type"] == "commit":
             return
@@ -78,8 +83,9 @@ def discard_run(store: Store, folder: RunFolder) -> None:
 
     The journal first says that nothing of it counts: else a kill half-way would leave one that names what is gone.
     """
+    layout = layout_of(store, folder)
     last = revoke_journal(store, folder / "journal")
-    discard_each(store, iter_pending(store, folder))
+    discard_each(store, iter_pending(store, folder, layout))
     store.delete(found.uri for found in store.iter_folder(folder.uri) if found.uri != last)
     store.remove_folder(folder.uri)
 
@@ -140,6 +146,11 @@ def has_settled(store: Store, folder: RunFolder) -> bool:
 def start_of(store: Store, folder: RunFolder) -> dict[str, Any] | None:
     """What an unfinished run wrote down as it began: its fingerprint, and how it was cut. None where it did not."""
     return next((entry for entry in read_journal(store, folder / "journal") if entry["type"] == "start"), None)
+
+
+def layout_of(store: Store, folder: RunFolder) -> str:
+    """The layout that an unfinished run writes its output in; empty where its journal does not tell."""
+    return str((start_of(store, folder) or {}).get("layout", ""))
 
 
 @dataclass(slots=True)

@@ -310,7 +310,8 @@ def test_a_run_that_ends_early_leaves_what_its_journal_names_and_resumes_g5(
 
 
 def test_a_killed_run_s_lock_is_taken_over_at_once_and_restart_drops_its_uploads(place: Place, blocked: Blocked):
-    theirs = {place.begin_upload(key) for key in ("out/theirs.bin", "out/part-00000-7d1f.c000.snappy.parquet")}
+    keys = ("out/theirs.bin", "out/theirs.out", "out/part-00000-7d1f.c000.snappy.parquet")
+    theirs = {place.begin_upload(key) for key in keys}
     place.jobs.write("gate", "")
     blocked.end("kill", place.jobs)
     other = ["run", str(blocked.job), "--set", "batch.max_records=2"]
@@ -321,6 +322,26 @@ def test_a_killed_run_s_lock_is_taken_over_at_once_and_restart_drops_its_uploads
     assert restarted.code == 0, restarted.err
     assert place.uploads() == theirs
     assert run_command_line(["verify", str(blocked.job)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "late", "other"),
+    [("parts", "part-00000000.jsonl", "theirs.out"), ("mirror", "a.csv.out", "theirs.bin")],
+)
+def test_a_run_that_is_done_discards_what_a_late_writer_left_and_no_upload_of_others_g5(
+    place: Place, layout: str, late: str, other: str
+):
+    place.put(a="one\n")
+    job = place.job(output={"uri": f"s3://{place.bucket}/out", "layout": layout})
+    first = place.jobs.run("run", job)
+    assert (first.code, place.uploads()) == (0, set()), first.err
+    place.begin_upload(f"out/{late}")
+    theirs = place.begin_upload(f"out/{other}")
+
+    again = place.jobs.run("run", job)
+
+    assert (again.code, "nothing to do" in again.out) == (0, True), again.err
+    assert place.uploads() == {theirs}
 
 
 def test_clean_discards_the_uploads_that_a_power_cut_left_and_those_of_the_run_only_if_told_g5(
