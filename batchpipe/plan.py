@@ -17,7 +17,7 @@ import numpy as np
 from batchpipe.errors import InputError
 from batchpipe.formats import FORMATS
 from batchpipe.job import InputSpec, Job
-from batchpipe.redact import clean_uri
+from batchpipe.redact import clean_listed, clean_uri
 from batchpipe.split import SPLITS_AT_A_TIME, WHOLE, InputObject, Range, Split
 from batchpipe.storage import Found, open_store, relative, resolve
 from batchpipe.storage.address import Pattern, has_wildcard
@@ -70,7 +70,7 @@ def _utf8_or_raise(uri: str) -> None:
     try:
         uri.encode()
     except UnicodeEncodeError as exc:
-        shown = clean_uri(os.fsencode(uri).decode("utf-8", "backslashreplace"))
+        shown = clean_listed(os.fsencode(uri).decode("utf-8", "backslashreplace"))
         raise InputError(
             f"the name of an input object is not UTF-8: {shown!r}",
             next="rename it: manifest and quarantine could not hold its name",
@@ -124,7 +124,7 @@ def _names_differ_or_raise(inputs: Inputs) -> None:
         first, second, *_ = (found for found in inputs if _digest(found) == repeated)
         raise InputError(
             f"two input objects would be mirrored to one place, {first.name!r}",
-            where=f"{clean_uri(first.uri)} and {clean_uri(second.uri)}",
+            where=f"{clean_listed(first.uri)} and {clean_listed(second.uri)}",
             next="list them by one glob whose folder holds both, so that their names tell them apart; "
             "or state output.layout: parts",
         )

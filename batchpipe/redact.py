@@ -40,6 +40,15 @@ def clean_uri(uri: str) -> str:
     return _OTHER_QUERY.sub(r"\1", uri)
 
 
+def clean_listed(uri: str) -> str:
+    """Return the URI of an object that a store has listed without its userinfo and, over HTTP alone, its query.
+
+    Elsewhere `?` is a part of the object's name, without which it would be another's; and what is listed has no query
+    from the job file, where `?` is a wildcard. On S3 all is bucket and key, be the key a URL itself.
+    """
+    return uri if uri.startswith("s3://") else _HTTP_QUERY.sub(r"\1", _USERINFO.sub("", uri))
+
+
 def clean_document(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of *document* with every value at a secret place masked and every URL in it cleaned.
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchpipe.redact import MASK, clean_document, clean_uri, mask, secrets_of
+from batchpipe.redact import MASK, clean_document, clean_listed, clean_uri, mask, secrets_of
 
 PASSWORD = 'p@ss w"rd/é'
 
@@ -38,6 +38,33 @@ def test_uri_loses_userinfo_and_query(uri: str, cleaned: str):
 @pytest.mark.parametrize("uri", ["s3://bucket/part-??.csv", "/data/what?.csv", "a@b/c", "s3://b/**/x=1/*.csv", "*.csv"])
 def test_wildcards_and_local_paths_stay(uri: str):
     assert clean_uri(uri) == uri
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/a.csv?day=1",
+        "s3://bucket/https://host/a?day=1",
+        "s3://bucket/a://b@c.csv",
+        "gs://bucket/a?day=1",
+        "/data/a?day=1",
+    ],
+)
+def test_name_of_a_listed_object_stays_whole(uri: str):
+    assert clean_listed(uri) == uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "cleaned"),
+    [
+        ("https://user:pw@host/a.csv?sig=abc&x=1", "https://host/a.csv"),
+        ("HTTP://host/a.csv?token", "HTTP://host/a.csv"),
+        ("ftp://user:pw@host/a.csv?day=1", "ftp://host/a.csv?day=1"),
+        ("zip://a.csv::https://user:pw@host/a.zip?sig=abc", "zip://a.csv::https://host/a.zip"),
+    ],
+)
+def test_listed_object_loses_userinfo_and_the_query_that_http_has(uri: str, cleaned: str):
+    assert clean_listed(uri) == cleaned
 
 
 def test_document_masks_every_value_at_a_secret_place_and_keeps_the_keys():

@@ -74,7 +74,7 @@ def failed_first(
     jobs: Jobs, stages: str | list[dict[str, Any]] = "stages:picky", run_id: str = "", **blocks: Any
 ) -> Path:
     """A job whose run has quarantined some records."""
-    if not (jobs.folder / "in").exists():
+    if "input" not in blocks and not (jobs.folder / "in").exists():
         jobs.write("in/a.csv", csv_rows(400))
     job = jobs.job(stages, **{"on_error": FEW, "batch": SPLITS, **blocks})
     ran = jobs.run("run", job, *(["--run-id", run_id] if run_id else []))
@@ -556,3 +556,20 @@ def test_a_redrive_on_s3_keeps_the_placeholders_of_the_run(jobs: Jobs, s3_server
     assert read["a.txt.redrive-1.out"] == BAD
     assert not s3_server.client.list_multipart_uploads(Bucket=bucket).get("Uploads")
     assert jobs.run("verify", job).code == 0
+
+
+def test_objects_whose_keys_differ_behind_a_question_mark_are_told_apart(jobs: Jobs, s3_server: S3Server, bucket: str):
+    keys = [f"in/a.csv?day={day}" for day in (1, 2)]
+    for key in keys:
+        s3_server.client.put_object(Bucket=bucket, Key=key, Body=csv_rows(40).encode())
+    options = {"s3": s3_server.storage_options}
+    job = failed_first(jobs, input={"uri": f"s3://{bucket}/in"}, storage_options=options)
+    quarantined = [each["object"] for each in jobs.quarantined()]
+    jobs.write("mended", "all")
+
+    redriven = jobs.run("redrive", job)
+
+    uris = [f"s3://{bucket}/{key}" for key in keys]
+    assert (quarantined, redriven.code) == (uris, 0), redriven.err
+    assert [(row["uri"], row["written"]) for row in jobs.table("inputs")] == [(uri, 40) for uri in uris]
+    assert jobs.records()[-2:] == [{"n": 7, "text": "row 7", "square": 49}] * 2
