@@ -5,7 +5,7 @@
     |-- InputError             3   nothing to read, unreadable, or changed while it was read
     |-- StageStartError        4   a stage did not start, or neighbouring stages do not fit
     |-- RecordsFailedError     5   more records failed than the budget allows
-    |-- PoolError              6   workers did not come, were lost, or nothing moved
+    |-- PoolError              6   workers did not come, were lost, or nothing moved; no room for temporary files
     |-- OutputError            7   the output cannot be written, published or verified
     `-- LockedError           75   another run holds this output: try later (EX_TEMPFAIL of sysexits.h)
 
@@ -72,7 +72,7 @@ class RecordsFailedError(BatchpipeError):
 
 
 class PoolError(BatchpipeError):
-    """Workers did not come, were lost beyond retry, nothing moved, or the time was up."""
+    """Workers did not come, were lost beyond retry, nothing moved, the time was up, or the temporary folder is full."""
 
     exit_code = 6
 

@@ -21,7 +21,7 @@ from batchpipe import __version__
 from batchpipe.cluster import CONNECT_TIMEOUT_S, Lease, open_client
 from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.job import ComputeSpec
-from batchpipe.processes import WorkerProcesses
+from batchpipe.processes import WorkerProcesses, telling_of_full_scratch
 from batchpipe.split import SPLITS_AT_A_TIME
 from batchpipe.stages import watchdog
 from batchpipe.stages.logs import users_calls
@@ -223,7 +223,8 @@ def _run(gauge: Gauge, function: Callable[..., Result], *args: Any) -> Result:
     """Run a task on a worker, whose heartbeats carry the gauge from its first task on."""
     distributed.get_worker().metrics.setdefault("batchpipe", lambda _: gauge())
     watchdog.start()
-    return function(*args)
+    with telling_of_full_scratch():  # here, for it is the worker's own
+        return function(*args)
 
 
 def _own_stacks() -> str:

@@ -4,10 +4,12 @@ Knows processes, not Dask: what a worker does with its folder is `batchpipe.work
 """
 
 import contextlib
+import errno
 import json
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -15,8 +17,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
-from batchpipe.errors import PoolError
+from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.job import ComputeSpec
 from batchpipe.stages.logs import crash_in
 from batchpipe.stages.watcher import WatchedProcess, Watcher, WatcherLostError, open_watcher
@@ -59,10 +62,10 @@ def open_host(compute: ComputeSpec | None = None) -> Iterator[Host]:
     """Hold a scratch folder and the watcher that deletes it however this process ends.
 
     For a job with local workers the first of them is started at once: it imports while this process plans.
+    Raises PoolError where there is no temporary folder, or it is full; now, or whenever something is spooled to it.
     """
-    with contextlib.ExitStack() as release:
-        # Resolved: on macOS the temporary folder is behind a link.
-        scratch = Path(release.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX))).resolve()
+    with telling_of_full_scratch(), contextlib.ExitStack() as release:
+        scratch = release.enter_context(_open_scratch())
         watcher = release.enter_context(open_watcher(scratch=scratch))
         write_private(scratch / OWNER_FILE, owner.to_bytes(owner.this_process({})))
         if compute is None or compute.cluster != "local":
@@ -73,6 +76,46 @@ def open_host(compute: ComputeSpec | None = None) -> Iterator[Host]:
         release.callback(workers.stop)
         workers.start(1)
         yield Host(scratch, watcher, workers)
+
+
+@contextlib.contextmanager
+def _open_scratch() -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX)
+    except FileNotFoundError as error:
+        raise PoolError(
+            f"there is no temporary folder: {error.strerror}",
+            where=error.filename or "",
+            next="make one, or run the same command with TMPDIR=/a/folder before it",
+        ) from error
+    with folder as name:
+        yield Path(name).resolve()  # on macOS the temporary folder is behind a link
+
+
+@contextlib.contextmanager
+def telling_of_full_scratch() -> Iterator[None]:
+    """Turn what a full temporary folder raises, whatever was being spooled to it, into an error that names it (6)."""
+    try:
+        yield
+    except Exception as error:
+        # Dask wraps what its own start raises.
+        full = next((each for each in (error, error.__cause__) if _is_of_full_scratch(each)), None)
+        if full is None or isinstance(error, BatchpipeError):
+            raise
+        raise PoolError(
+            f"the temporary folder is full: {full.strerror}",
+            where=f"{tempfile.gettempdir()} on {socket.gethostname()}",
+            next="make room there, or run the same command with TMPDIR=/a/larger/disk before it;"
+            " splits that are finished are kept",
+        ) from error
+
+
+def _is_of_full_scratch(error: BaseException | None) -> TypeGuard[OSError]:
+    """Whether a file there cannot grow. Who writes elsewhere tells his own errors: what names no file is of ours."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return False
+    folder = Path(tempfile.gettempdir()).resolve()
+    return error.filename is None or Path(error.filename).resolve().is_relative_to(folder)
 
 
 @dataclass(slots=True)

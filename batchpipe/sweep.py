@@ -22,12 +22,12 @@ from batchpipe.storage import join, open_store, owner
 def sweeping_if_killed(folder: RunFolder, options: dict[str, Any], watcher: Watcher) -> Iterator[None]:
     """Have the watcher run this module after a kill -9 of this process, which can then not sweep by itself."""
     descriptor, name = tempfile.mkstemp(prefix=SWEEP_PREFIX)  # readable by this user only
-    with os.fdopen(descriptor, "w") as file:
-        me = owner.this_process({"run": folder.run_id})
-        order = {"root": folder.root, "options": options, "run_id": folder.run_id, "owner": me}
-        json.dump(order, file)
-    watcher.at_end([sys.executable, "-P", "-m", "batchpipe.sweep", name])
     try:
+        with os.fdopen(descriptor, "w") as file:
+            me = owner.this_process({"run": folder.run_id})
+            order = {"root": folder.root, "options": options, "run_id": folder.run_id, "owner": me}
+            json.dump(order, file)
+        watcher.at_end([sys.executable, "-P", "-m", "batchpipe.sweep", name])
         yield
     finally:
         with contextlib.suppress(WatcherLostError):  # it is gone, and what matters is how the run ended

@@ -106,6 +106,21 @@ def test_unpacked_files_are_read_only_and_keep_whether_they_run(open_model, tmp_
     assert [stat.S_IMODE((folder / name).stat().st_mode) for name in ("run", "data")] == [0o555, 0o444]
 
 
+def test_a_full_cache_is_told_with_how_to_make_room_and_left_empty(open_model, tmp_path: Path, cache: Path):
+    cache.mkdir(parents=True)
+    archive = tar_gz(tmp_path / "m", (member("weights"), bytes(1 << 20)))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", cache], check=True)
+    try:
+        with pytest.raises(StageStartError, match="No space left on device") as error:
+            open_model(archive)
+        left = list(contents(cache).values())
+    finally:
+        subprocess.run(["umount", cache], check=True)
+
+    assert error.value.next.startswith("make room where models are unpacked, ~/.cache/batchpipe, or name a larger")
+    assert not any(left)
+
+
 def test_an_images_own_user_may_read_the_model_whatever_our_umask(open_model, tmp_path: Path, cache: Path):
     before = os.umask(0o077)
     try:

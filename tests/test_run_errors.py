@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,7 @@ import pytest
 from batchpipe.errors import PoolError, StageStartError
 from batchpipe.jobfile import load_job
 from batchpipe.orders import Orders, Place, Schemas
+from batchpipe.processes import open_host
 from batchpipe.stages.logs import tail
 from batchpipe.summary import explain
 from batchpipe.transform import run_splits
@@ -404,6 +406,37 @@ def test_a_full_disk_is_7_and_the_run_resumes_when_there_is_room(jobs: Jobs):
     assert "free some space there, then run the same command again: it resumes" in full.err
     assert (resumed.code, written) == (0, 20_000), resumed.err
     assert "kept=0" not in resumed.err
+
+
+@pytest.mark.parametrize("size", ["8k", "192k"])
+def test_a_full_temporary_folder_is_6_and_the_run_resumes_when_there_is_room(jobs: Jobs, size: str):
+    """Full at the very start, and full of what the driver spools of settled splits."""
+    jobs.write("in/a.csv", csv_rows(40_000))
+    job = jobs.job(batch={"split_mb": 0.0005})
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", jobs.temporary], check=True)
+    try:
+        full = jobs.run("run", job)
+        left = jobs.left()
+        subprocess.run(["mount", "-o", "remount,size=8m", jobs.temporary], check=True)
+        resumed = jobs.run("run", job)
+    finally:
+        subprocess.run(["umount", jobs.temporary], check=True)
+
+    assert (full.code, left) == (6, []), full.err
+    assert "error: the temporary folder is full: No space left on device\n  where: tmp on " in full.err
+    assert "next:  make room there, or run the same command with TMPDIR=/a/larger/disk before it" in full.err
+    assert (resumed.code, len(jobs.records())) == (0, 40_000), resumed.err
+    assert ("kept=0" in resumed.err) is (size == "8k")
+
+
+def test_where_there_is_no_temporary_folder_that_is_6(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+
+    with pytest.raises(PoolError, match="there is no temporary folder: No such file") as error, open_host():
+        pass
+
+    assert error.value.where.startswith(str(tmp_path / "gone"))
+    assert error.value.next == "make one, or run the same command with TMPDIR=/a/folder before it"
 
 
 def test_a_summary_names_each_reason_of_the_failed_records_and_the_first_where_they_are_many(jobs: Jobs):

@@ -4,6 +4,7 @@ All workers of a machine share the cache of the user: the first fetches, the oth
 its store tells no version of (a web server without ETag and Last-Modified) each worker fetches for itself.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -43,12 +44,14 @@ def open_model_data(
         except (BatchpipeError, UnpackError, OSError) as exc:
             why = exc.message if isinstance(exc, BatchpipeError) else str(exc)
             msg = f"stage {stage.name!r} did not start: its model_data {clean_uri(uri)!r} cannot be used: {why}"
-            advice = (exc.next if isinstance(exc, BatchpipeError) else "") or _advice(stage)
+            advice = (exc.next if isinstance(exc, BatchpipeError) else "") or _advice(stage, exc)
             raise StageStartError(msg, next=advice) from exc
         yield folder
 
 
-def _advice(stage: "StageSpec") -> str:
+def _advice(stage: "StageSpec", error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room where models are unpacked, ~/.cache/batchpipe, or name a larger disk in XDG_CACHE_HOME"
     key = f"stages.{stage.name}.{stage.kind}.model_data"
     return f"put a folder, a tar.gz or a zip there, or correct {key}: a path is relative to the job file's folder"
 
