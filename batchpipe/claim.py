@@ -11,6 +11,7 @@ from typing import Any
 
 from batchpipe.errors import BatchpipeError, JobError, LockedError, OutputError
 from batchpipe.fingerprint import Fingerprint
+from batchpipe.held import HeldResults
 from batchpipe.job import Job
 from batchpipe.journal import open_journal
 from batchpipe.manifest import Manifest
@@ -77,10 +78,10 @@ def open_output(  # noqa: PLR0913 - one step of a run, which has all of these
             return
         output.replaced, output.redrives = finished, redrives
         _make_room(output, finished, unfinished, drops=restart)
-        output.pieces = PieceSpool(scratch / "pieces.spool")
+        output.pieces, output.held = PieceSpool(scratch / "pieces.spool"), HeldResults(scratch / "held.spool")
         output.begun = start_of(store, output.folder) or {}
         output.journal = open_journal(store, output.folder / "journal")
-        with closing(output.pieces):
+        with closing(output.pieces), closing(output.held):
             try:
                 yield output
             except BaseException:

@@ -45,6 +45,7 @@ from batchpipe.split import InputObject
 from batchpipe.storage import Lock, ObjectExistsError, Pending, PendingLostError, Store, join, relative
 
 if TYPE_CHECKING:
+    from batchpipe.held import HeldResults
     from batchpipe.journal import Journal
 
 
@@ -63,6 +64,7 @@ class Output:
         self.lock: Lock
         self.journal: Journal
         self.pieces: PieceSpool
+        self.held: HeldResults
         self.assembled: dict[int, dict[str, Any]] = {}
         """Under mirror, by object: the one piece that its pieces were joined into."""
         self.schemas: dict[str, Any] = {}

@@ -72,7 +72,7 @@ class Run:
         self._on_progress = on_progress
         self._watch = Stopwatch(job.on_error)
         output.begin(plan.count, plan.split_bytes)
-        self.schedule = Schedule(plan, plan.count, output.replay(), job.on_error.max_failed_records)
+        self.schedule = Schedule(plan, plan.count, output.replay(), job.on_error.max_failed_records, output.held)
         self.budget = Budget(job, plan.inputs, redriven.manifest.accounts.read if redriven else None)
         attempt = f"{run_id}-{output.journal.epoch}-{uuid4().hex[:8]}"
         self.place = Place(job, run_id, output.part_prefix, attempt)

@@ -2,7 +2,7 @@
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
 from typing import TypeAlias
@@ -104,12 +104,14 @@ class Schedule:
         count: int,
         journaled: Iterable[tuple[SplitResult, Kept]] = (),
         allowed_failures: int | None = None,
+        held: MutableMapping[int, SplitResult | SplitFailed] | None = None,
     ) -> None:
+        """`held` is where to keep the outcomes of splits that wait for the ranges before them: it may be many."""
         self.tally = Tally(splits=count)
         self._allowed_failures = allowed_failures
         self._settled = bytearray(count)
         self._ends: dict[int, _End] = {}
-        self._held: dict[int, SplitResult | SplitFailed] = {}
+        self._held = {} if held is None else held
         for result, kept in journaled:
             match kept:
                 case Kept.SETTLED:
@@ -121,7 +123,8 @@ class Schedule:
         self._ends = {
             split: end for split, end in self._ends.items() if split + 1 < count and not self._settled[split + 1]
         }
-        self._told = set(self._held)
+        self._untold: set[int] = set()
+        """Of those that are held the ones that nobody has been told of by `held_back`."""
         begun = frozenset(self._held)
         self._running = {split.index: split for split in _up_to(max(begun, default=-1), splits) if split.index in begun}
         self._fresh: Iterator[Split] = (
@@ -169,30 +172,33 @@ class Schedule:
         have begun at a record.
         """
         for outcome in outcomes:
-            self._held[outcome.split] = outcome
-            yield from self._settle_from(outcome.split)
+            yield from self._settle_from(outcome.split, outcome)
         self.give_back(split for split in task if split.index in self._running and split.index not in self._held)
 
     def settle_held(self) -> Iterator[SplitResult]:
         """Yield what earlier starts held back and that can settle now, to be journaled; once, before anything runs."""
         for index in sorted(self._held):
-            yield from self._settle_from(index)
+            if index in self._held:
+                yield from self._settle_from(index, self._held.pop(index))
+        self._untold.clear()
 
     def held_back(self) -> Iterator[SplitResult]:
         """Results that wait for the ranges before them, each once: a kill now shall not cost them."""
-        for index, outcome in self._held.items():
-            if isinstance(outcome, SplitResult) and not outcome.stopped and index not in self._told:
-                self._told.add(index)
+        while self._untold:
+            outcome = self._held[self._untold.pop()]
+            if isinstance(outcome, SplitResult) and not outcome.stopped:
                 yield outcome
 
-    def _settle_from(self, index: int) -> Iterator[SplitResult]:
-        while index in self._held:
-            split, outcome = self._running[index], self._held[index]
+    def _settle_from(self, index: int, outcome: SplitResult | SplitFailed | None) -> Iterator[SplitResult]:
+        """Settle a split if its start is proved, and those behind it that waited for that; hold it if it is not."""
+        while outcome is not None:
+            split = self._running[index]
             proof = self._prove(split, outcome)
             if proof is None:
+                self._held[index] = outcome
+                self._untold.add(index)
                 return
-            del self._held[index], self._running[index]
-            self._told.discard(index)
+            del self._running[index]
             if proof is not split:
                 self._again.append(proof)
                 return
@@ -201,6 +207,8 @@ class Schedule:
             self._seconds_per_split += 0.2 * (outcome.seconds - self._seconds_per_split)
             yield self._count(outcome)
             index += 1
+            outcome = self._held.pop(index, None)
+            self._untold.discard(index)
 
     def _prove(self, split: Split, outcome: SplitResult | SplitFailed) -> Split | None:
         """The split itself if it began at a record, a corrected one if it did not, None while nobody knows."""

@@ -1,13 +1,18 @@
 """The schedule: every split settles exactly once, wrong guesses run again, lost and journaled splits are respected."""
 
 import random
+import tracemalloc
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchpipe.errors import InputError
+from batchpipe.held import HeldResults
 from batchpipe.manifest import Accounts, Failure, Kept, RangeResult, SplitFailed, SplitResult
 from batchpipe.schedule import Schedule
 from batchpipe.split import InputObject, Range, Split
@@ -74,8 +79,9 @@ def test_every_record_is_read_by_exactly_one_settled_split(world):
     count, starts, wrong, seed = world
     starts = [0, *(start for start in starts if start < count * STEP)]
 
-    schedule = Schedule(make_splits(count), count)
-    settled = drive(schedule, World(starts, count * STEP, wrong), random.Random(seed), lose=0.2)
+    with TemporaryDirectory() as folder, closing(HeldResults(Path(folder) / "held")) as held:
+        schedule = Schedule(make_splits(count), count, held=held)
+        settled = drive(schedule, World(starts, count * STEP, wrong), random.Random(seed), lose=0.2)
 
     assert sorted(result.split for result in settled) == list(range(count))
     assert schedule.is_done
@@ -204,3 +210,28 @@ def test_what_a_task_did_not_come_to_is_run_next_and_travels_together_again():
     assert [result.split for result in settled] == [split.index for split in task[:5]]
     assert again == task[5 : 5 + len(again)]
     assert len(again) > 5
+
+
+def test_G6_a_result_that_waits_for_the_ranges_before_it_takes_few_bytes(tmp_path: Path):
+    message = "some words on what a stage says of a record that it fails for" * 5
+
+    def take_all_but_the_first(count: int) -> None:
+        with closing(HeldResults(tmp_path / "held")) as held:
+            schedule = Schedule(iter(make_splits(count)), count, held=held)
+            schedule.take(1)
+            while task := schedule.take(1):
+                index = task[0].index
+                failed = Failure(
+                    "a.csv", "v", index * STEP, 0, index * STEP, "stage", "ValueError", message + str(index)
+                )
+                part = RangeResult(0, index * STEP, index * STEP, (index + 1) * STEP, 1, Accounts(1, 0, 1))
+                assert not list(schedule.settle(task, [SplitResult(index, (part,), None, failures=(failed,) * 5)]))
+            sizes.append(tracemalloc.get_traced_memory()[0])
+
+    sizes: list[int] = []
+    tracemalloc.start()
+    for count in (10, 1010):
+        take_all_but_the_first(count)
+    tracemalloc.stop()
+
+    assert (sizes[1] - sizes[0]) / 1000 < 600  # most of it is the split, as its range may have been guessed wrongly
