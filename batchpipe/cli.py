@@ -283,7 +283,11 @@ def ps(output: str | None) -> None:
 
 @commands.command()
 @click.argument("output", required=False, type=click.Path())
-@click.option("--unfinished", is_flag=True, help="Drop unfinished runs of OUTPUT too; they stay otherwise.")
+@click.option(
+    "--unfinished",
+    is_flag=True,
+    help="Drop unfinished runs of OUTPUT too, or finish one that has begun to publish; they stay otherwise.",
+)
 def clean(output: str | None, unfinished: bool) -> None:
     """Remove what nobody owns any more, as a power cut leaves it: on this host, and in OUTPUT."""
     from batchpipe.leftovers import clean_host, clean_output
