@@ -14,7 +14,7 @@ from batchpipe.batch import ByteRecords, Records, slice_records
 from batchpipe.errors import RecordsFailedError
 from batchpipe.manifest import StageStats
 from batchpipe.outcome import NONE, FailedRecord, FailureLimit, Outcome, Part, Stats, outvoted
-from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, OpenStage, Remedy
+from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, OpenStage, Remedy, in_flight
 
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 60.0
@@ -218,7 +218,8 @@ class Invoker:
                 next="run the same command again after that: it resumes, and finished splits are kept; "
                 f"or wait for it in the run: --set on_error.no_progress_timeout_s={2 * wanted_s:.0f}",
             )
-        await asyncio.sleep(delay_s)
+        with in_flight.invocation(self.stage.name, "waiting for another attempt"):
+            await asyncio.sleep(delay_s)
         gauge.show("moved", 1)
 
     def _broken(self, failure: InvocationFailed) -> RecordsFailedError:

@@ -5,9 +5,7 @@ tasks for every place that works at the same time.
 """
 
 import contextlib
-import faulthandler
 import queue
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -18,13 +16,12 @@ import distributed
 from distributed import Client, KilledWorker
 
 from batchpipe import __version__
-from batchpipe.cluster import CONNECT_TIMEOUT_S, Lease, open_client
+from batchpipe.cluster import Lease, open_client
 from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.job import ComputeSpec
 from batchpipe.processes import WorkerProcesses, telling_of_full_scratch
 from batchpipe.split import SPLITS_AT_A_TIME
-from batchpipe.stages import watchdog
-from batchpipe.stages.logs import users_calls
+from batchpipe.stages import stacks, watchdog
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -36,6 +33,8 @@ WAITING_PER_PLACE = 1
 MAX_LOST = 8
 """Times one task may lose its worker. Who only waited there is blamed too, so fewer would be unjust."""
 TICK_S = 0.2
+ASK_S = 5.0
+"""For what workers are doing; one whose interpreter is kept by a call never answers."""
 FETCH_S = 2.0
 """For a result of some kilobytes; the worker that holds it may be lost meanwhile."""
 
@@ -51,7 +50,7 @@ class Pool:
         self._client = client
         self._gauge = gauge
         self._processes = processes
-        self._seen: list[dict[str, Any]] = []
+        self._seen: dict[str, dict[str, Any]] = {}
         self._seen_at = 0.0
 
     @property
@@ -73,19 +72,28 @@ class Pool:
         return total
 
     def stacks(self) -> str:
-        """What code of the user's every worker runs now, for an error's text; those that do not answer say nothing."""
-        dumps = self._processes.stacks() if self._processes else self._ask(_own_stacks)
-        return "\n".join(f"{worker}\n{calls}" for worker, dump in dumps.items() if (calls := users_calls(dump)))
+        """What every worker is doing, for an error's text; those that do not answer say nothing. Never raises."""
+        dumps = self._processes.stacks() if self._processes else {}
+        told = {worker: stacks.calls_at_work(dump) for worker, dump in dumps.items()}
+        told |= self._ask(stacks.of_this_worker)  # they know more than their stacks
+        return "\n".join(f"{worker}\n{doing}" for worker, doing in told.items() if doing)
 
     def _ask(self, function: Callable[[], str]) -> dict[str, str]:
         """Call a function on every worker; what is there within some seconds."""
         answers: dict[str, str] = {}
-        asking = threading.Thread(
-            target=lambda: answers.update(self._client.run(function, on_error="ignore")), daemon=True
-        )
-        asking.start()
-        asking.join(CONNECT_TIMEOUT_S)
-        return dict(answers)
+
+        def ask(address: str, worker: str) -> None:
+            with contextlib.suppress(Exception):  # whatever keeps one from answering, the others are heard
+                answers[worker] = self._client.run(function, workers=[address])[address]
+
+        names = {address: self._name(address) for address in self._seen}
+        asking = [threading.Thread(target=ask, args=one, daemon=True) for one in names.items()]
+        for thread in asking:
+            thread.start()
+        deadline = time.monotonic() + ASK_S
+        for thread in asking:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return {name: answers[name] for name in names.values() if name in answers}
 
     def call(
         self,
@@ -164,9 +172,13 @@ class Pool:
 
     def _infos(self) -> list[dict[str, Any]]:
         if time.monotonic() - self._seen_at > TICK_S:
-            self._seen = list(self._client.scheduler_info(n_workers=-1)["workers"].values())
+            self._seen = dict(self._client.scheduler_info(n_workers=-1)["workers"])
             self._seen_at = time.monotonic()
-        return self._seen
+        return list(self._seen.values())
+
+    def _name(self, address: str) -> str:
+        """A worker of ours by the name of its log, another one by its address."""
+        return f"worker-{self._seen[address]['name']}" if self._processes else address
 
     def _next_done(self, done: "queue.SimpleQueue[distributed.Future[Any]]", on_tick: Callable[[], None]) -> Any:
         if self._processes and self._processes.error:
@@ -225,13 +237,6 @@ def _run(gauge: Gauge, function: Callable[..., Result], *args: Any) -> Result:
     watchdog.start()
     with telling_of_full_scratch():  # here, for it is the worker's own
         return function(*args)
-
-
-def _own_stacks() -> str:
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        return file.read().decode(errors="replace")
 
 
 def _call(task: tuple[Any], function: Callable[..., Result], *args: Any) -> Result:

@@ -8,12 +8,10 @@ import errno
 import json
 import os
 import pickle
-import signal
 import socket
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import TypeGuard
 
 from batchpipe.errors import BatchpipeError, PoolError
 from batchpipe.job import ComputeSpec
+from batchpipe.stages import stacks
 from batchpipe.stages.logs import crash_in
 from batchpipe.stages.watcher import WatchedProcess, Watcher, WatcherLostError, open_watcher
 from batchpipe.storage import owner
@@ -42,7 +41,6 @@ QUIET_DASK = {
 }
 """For every process of a local pool: Dask else samples stacks 100 times a second, for a dashboard that is not there,
 and keeps the last 1,000 messages to each worker, with the splits they carried, for its own developers."""
-STACKS_S = 2.0
 MAX_LOST_IN_A_ROW = 5
 """Workers lost without one task finished between them: then replacing them is of no use."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -184,18 +182,9 @@ class WorkerProcesses:
 
     def stacks(self) -> dict[str, str]:
         """What every worker is doing, also one whose interpreter is kept by a call: faulthandler's dumps, by worker."""
-        before = {worker.log: worker.log.stat().st_size for worker in self._workers}
-        for worker in self._workers:
-            with contextlib.suppress(WatcherLostError):
-                worker.process.signal(signal.SIGUSR1)
-        deadline, dumps = time.monotonic() + STACKS_S, dict[str, str]()
-        while time.monotonic() < deadline:
-            seen = dumps
-            dumps = {log.stem: log.read_bytes()[size:].decode(errors="replace") for log, size in before.items()}
-            if all(dumps.values()) and dumps == seen:
-                break
-            time.sleep(0.05)
-        return dumps
+        workers = list(self._workers)
+        dumps = stacks.asked([(worker.process, worker.log) for worker in workers])
+        return {worker.log.stem: dump for worker, dump in zip(workers, dumps, strict=True)}
 
     def stop(self) -> None:
         """Kill all workers, and wait until they are gone: what they hold is pending, and journaled or given up."""

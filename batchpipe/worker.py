@@ -6,7 +6,6 @@ for the folder to say where the scheduler is.
 
 import asyncio
 import contextlib
-import faulthandler
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from batchpipe.processes import QUIET_DASK
 from batchpipe.split import SPLITS_AT_A_TIME
+from batchpipe.stages import stacks
 
 if TYPE_CHECKING:
     from batchpipe.job import Job
@@ -31,7 +31,7 @@ CLOSE_S = 7.0
 
 def main() -> None:
     """Join the cluster that FOLDER names and work until the scheduler goes away."""
-    faulthandler.register(signal.SIGUSR1)  # how the driver asks what this worker is doing, whatever it does
+    stacks.answer_when_asked()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # a worker can be replaced, so the system shall take it before the driver
         Path("/proc/self/oom_score_adj").write_text("500")

@@ -1,6 +1,7 @@
 """Runs on somebody else's Dask: a scheduler by its address, a cluster by its class; workers give the chain back."""
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,17 @@ def test_G5_workers_of_others_give_the_chain_back_when_the_driver_is_killed(jobs
     until(jobs.is_released)
     again = jobs.run("run", jobs.job("stages:Block", batch={"split_mb": 0.0002}, **at(cluster)), "--run-id", "killed")
     assert (again.code, len(jobs.records())) == (0, 100), again.err
+
+
+def test_workers_of_others_say_what_they_do_where_a_run_is_stuck(jobs: Jobs, cluster: str):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        stage = {"name": "model", "endpoint": {"url": url}, "content_type": "text/csv"}
+        ran = jobs.run("run", jobs.job([stage], on_error={"no_progress_timeout_s": 8.0}, **at(cluster)))
+
+    assert ran.code == 6, ran.err
+    assert "  log:   tcp://127.0.0.1:" in ran.err
+    assert "\n         stage 'model': 1 invocation in flight for " in ran.err
 
 
 def test_a_cluster_by_its_class_is_opened_with_its_options_and_closed(jobs: Jobs):

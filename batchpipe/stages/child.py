@@ -26,7 +26,7 @@ import numpy as np
 from batchpipe.batch import Records
 from batchpipe.errors import StageStartError
 from batchpipe.redact import secrets_at_work
-from batchpipe.stages import Answer, InvocationFailed, Remedy
+from batchpipe.stages import Answer, InvocationFailed, Remedy, in_flight, stacks
 from batchpipe.stages.callable import CallableStage
 from batchpipe.stages.child_process import Birth, Call, socket_path
 from batchpipe.stages.kept import KeptRecords, Made, Rows
@@ -121,9 +121,11 @@ class SharedProcess:
                 if made not in child.keeps:
                     self._make(made)
         rows = sent.rows() if isinstance(sent, KeptRecords) else sent
-        timeout_s = self._birth.stages[wanted.stage].invocations_timeout_s  # of the last one for what is only joined
+        stage = self._birth.stages[wanted.stage]  # the last one for what is only joined
+        timeout_s = stage.invocations_timeout_s
         try:
-            return child, child.call(wanted.stage, rows, wanted.number, timeout_s)
+            with in_flight.invocation(stage.name, "in a process of its own", child.calls):
+                return child, child.call(wanted.stage, rows, wanted.number, timeout_s)
         except TimeoutError:
             self._child = None
             raise child.abort("Timeout", f"no answer within {timeout_s:g} s (invocations_timeout_s)") from None
@@ -170,6 +172,11 @@ class Child:
         if isinstance(answer, InvocationFailed):
             raise answer
         return answer
+
+    def calls(self) -> str:
+        """The calls it is in now; empty where it does not say so in time."""
+        (dump,) = stacks.asked([(self._process, self._log)])
+        return stacks.calls_at_work(dump)
 
     def abort(self, reason: str, message: str) -> InvocationFailed:
         """End it with the calls it was in written down, as the failure of what it was sent."""

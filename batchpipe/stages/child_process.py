@@ -19,7 +19,7 @@ import numpy as np
 
 from batchpipe.batch import Records
 from batchpipe.convert.frames import FrameRecords
-from batchpipe.stages import Answer, InvocationFailed, Remedy
+from batchpipe.stages import Answer, InvocationFailed, Remedy, stacks
 from batchpipe.stages.callable import CallableStage, open_callable
 from batchpipe.stages.kept import JOINED, Rows
 
@@ -66,6 +66,7 @@ def socket_path(folder: Path) -> Iterator[str]:
 
 def main() -> None:
     """Construct the callables that the folder tells of, then answer until the worker hangs up."""
+    stacks.answer_when_asked()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     folder = Path(sys.argv[1])
     birth: Birth = pickle.loads((folder / "birth.pickle").read_bytes())

@@ -19,7 +19,7 @@ from batchpipe.batch import Records
 from batchpipe.content import Body, ContentError
 from batchpipe.errors import StageStartError
 from batchpipe.redact import mask
-from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, Remedy, StageContext, sender_of
+from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, Remedy, StageContext, in_flight, sender_of
 from batchpipe.stages.connections import Connections, HttpAnswer
 from batchpipe.stages.contract import NO_REMEDY, Advice
 from batchpipe.stages.exchange import Exchange, takes_table
@@ -166,7 +166,8 @@ class HttpStage:
         if not len(records):
             raise InvocationFailed("NoRecords", "an empty request is never sent", Remedy.ISOLATE)
         async with self._turns.all() if alone else self._turns.one:
-            return Answer(await self._request(records, self.exchange.content_type_of(records)))
+            with in_flight.invocation(self.name):
+                return Answer(await self._request(records, self.exchange.content_type_of(records)))
 
     def close(self) -> None:
         """Close the connections and stop the server that was started for this stage."""

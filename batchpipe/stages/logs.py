@@ -11,8 +11,10 @@ from batchpipe.errors import MAX_LOG_CHARACTERS
 from batchpipe.redact import mask
 
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
-_OWN_FOLDER = str(Path(__file__).parent.parent)
-_LIBRARY_FOLDERS = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+OWN_FOLDER = f"{Path(__file__).parent.parent}/"
+_LIBRARY_FOLDERS = tuple(
+    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")}
+)
 TAIL_LINES = 20
 MAX_KEPT_BYTES = 64 << 20
 """Of all the servers that a stage had in a run; each one's own log is bounded by who writes it."""
@@ -61,12 +63,6 @@ def crash_in(log: str) -> Crash:
     return Crash("\n".join([fatal + what, *frames[:8]]), _users_call("\n".join(frames)))
 
 
-def users_calls(dump: str) -> str:
-    """The threads of a faulthandler dump that run code of the user's, each with its innermost calls."""
-    threads = ([line for line in thread.splitlines() if line.startswith("  File ")] for thread in dump.split("\n\n"))
-    return "\n".join("\n".join(frames[:6]) for frames in threads if _users_call("\n".join(frames)))
-
-
 def _users_call(calls: str) -> str:
     """``file.py:41 in __call__``: the innermost call of the user's own code; empty if there is none."""
     found = (_FRAME.fullmatch(line) for line in calls.splitlines())
@@ -76,7 +72,12 @@ def _users_call(calls: str) -> str:
 
 def is_user_code(file: str) -> bool:
     """Whether a file is neither ours, nor Python's, nor an installed library."""
-    return not file.startswith((_OWN_FOLDER, "<", *_LIBRARY_FOLDERS))
+    return not file.startswith((OWN_FOLDER, "<", *_LIBRARY_FOLDERS))
+
+
+def is_own_code(file: str) -> bool:
+    """Whether a file is ours."""
+    return file.startswith(OWN_FOLDER)
 
 
 def read_log(files: Sequence[Path]) -> str:
