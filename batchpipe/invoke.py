@@ -219,8 +219,11 @@ class Invoker:
                 f"or wait for it in the run: --set on_error.no_progress_timeout_s={2 * wanted_s:.0f}",
             )
         with in_flight.invocation(self.stage.name, "waiting for another attempt"):
-            await asyncio.sleep(delay_s)
-        gauge.show("moved", 1)
+            while delay_s > 0:
+                slice_s = min(delay_s, self._longest_wait_s / 3)
+                await asyncio.sleep(slice_s)
+                gauge.show("moved", 1)  # none is waited for without an end, so that the run is not stuck
+                delay_s -= slice_s
 
     def _broken(self, failure: InvocationFailed) -> RecordsFailedError:
         message = f"stage {self.stage.name!r} fails for whatever it is sent, also for a record that it answered before"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from batchpipe.batch import Records
 from batchpipe.chain import new_stats
 from batchpipe.errors import RecordsFailedError
+from batchpipe.gauge import read_gauge
 from batchpipe.invoke import Invoker
 from batchpipe.outcome import FailureLimit, Outcome
 from batchpipe.stages import Answer, InvocationFailed, Remedy
@@ -83,6 +84,15 @@ def test_a_server_that_wants_to_be_left_alone_for_longer_than_the_run_waits_ends
         "run the same command again after that: it resumes, and finished splits are kept; "
         "or wait for it in the run: --set on_error.no_progress_timeout_s=202"
     )
+
+
+def test_a_wait_that_is_allowed_moves_the_run_before_it_counts_as_stuck():
+    before = read_gauge()["moved"]
+    _, waited = invoke(Busy(1, retry_after_s=90), retries=1, longest_wait_s=100)
+
+    assert sum(waited) == pytest.approx(90)
+    assert max(waited) < 50
+    assert read_gauge()["moved"] == before + len(waited) + 2
 
 
 def test_a_record_that_is_not_tried_again_fails_whatever_its_server_asks_for():
