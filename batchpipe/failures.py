@@ -9,6 +9,7 @@ from batchpipe.formats.compression import compression_of
 from batchpipe.job import Job, OnErrorSpec
 from batchpipe.manifest import READING, Failure
 from batchpipe.plan import Inputs
+from batchpipe.probe import MOST_FIRST_RECORDS
 from batchpipe.redact import clean_uri
 from batchpipe.schedule import Tally
 
@@ -97,7 +98,9 @@ def _who(stage: str) -> str:
 def first_failed(job: Job, first: Failure, line: int | None = None, quarantine: str = "") -> RecordsFailedError:
     """The error that ends a run before it begins: no record of the first mini-batch is answered."""
     limit = job.on_error.max_failed_records
-    more = "" if limit is None else job.command("run", max_failed_records=max(100, 10 ** len(str(limit))))
+    # Beyond that no more are tried before the run begins, whatever may fail.
+    has_more = limit is not None and limit < MOST_FIRST_RECORDS
+    more = job.command("run", max_failed_records=max(100, 10 ** len(str(limit)))) if has_more else ""
     return RecordsFailedError(
         f"{_who(first.stage)} failed for the first records, and none is answered: {_why(first)}",
         where=f"{describe_failure(first, line)}{_kept_in(quarantine)}",

@@ -69,6 +69,8 @@ class _Trial:
         self._orders = orders
         self._is_strict = is_strict
         self._limit = orders.job.on_error.max_failed_records
+        # Apart: rows that cannot be parsed must not keep the stages from showing that they answer the others.
+        self._unread, self._unanswered = FailureLimit(self._limit), self._limit_of_stages()
         self._failed = self._dropped = 0
         self._failed_in = Counter[str]()
         """Records by the stage that failed for them."""
@@ -78,8 +80,7 @@ class _Trial:
     def send(self, split: Split, *, is_last: bool) -> Schemas | Unproved | None:
         """Send a split's mini-batches; None where they decide nothing, so that the next split is to be tried."""
         chain, orders = self._chain, self._orders
-        # Apart: rows that cannot be parsed must not keep the stages from showing that they answer the others.
-        unread, unanswered = FailureLimit(self._limit), self._limit_of_stages()
+        unread, unanswered = self._unread, self._unanswered
         with (
             open_quarantine(orders.place, split) as quarantine,
             Source(split, orders, quarantine, unread) as source,
@@ -124,7 +125,8 @@ class _Trial:
         return self._limit is not None and max(limit.found for limit in limits) > self._limit
 
     def _are_enough(self, failed: int) -> bool:
-        return failed >= FIRST_RECORDS and not self._dropped
+        """Whether so many tell a stage that answers nothing. Where a number may fail it is that: see the limits."""
+        return self._limit is None and failed >= FIRST_RECORDS and not self._dropped
 
     def _at_fault(self) -> Failure:
         most = {stage for stage, _ in self._failed_in.most_common(1)}

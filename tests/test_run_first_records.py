@@ -111,6 +111,25 @@ def test_first_mini_batches_of_one_record_that_fail_cost_these_records_and_not_t
     assert ran.manifest["accounts"] == {"read": 40, "written": 28, "quarantined": 12, "dropped": 0}
 
 
+def test_as_many_first_records_may_fail_as_the_job_allows_however_small_mini_batches_are(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(100))
+    job = jobs.job(picky(39), on_error={"max_failed_records": 39}, batch={"max_records": 10})
+
+    refused, allowed = jobs.run("run", job), jobs.run("run", job, "--set", "on_error.max_failed_records=40")
+
+    assert (refused.code, "failed for the first records, and none is answered" in refused.err) == (5, True), refused.err
+    assert (allowed.code, len(jobs.records())) == (0, 60), allowed.err
+
+
+def test_more_is_not_offered_to_be_allowed_than_is_tried(jobs: Jobs):
+    jobs.write("in/a.csv", csv_rows(1_100))
+
+    refused = jobs.run("run", jobs.job(picky(2_000), on_error={"max_failed_records": 1_000}))
+
+    assert refused.code == 5
+    assert refused.err.endswith("next:  mend it and try one mini-batch: batchpipe check job.yaml\n")
+
+
 @pytest.mark.parametrize("rows", [2, 20, 5_000])
 def test_a_stage_that_fails_for_every_record_is_said_to_do_so_though_no_record_may_fail(jobs: Jobs, rows: int):
     jobs.write("in/a.csv", csv_rows(rows))
