@@ -22,7 +22,6 @@ from batchpipe.job import InputSpec
 from batchpipe.manifest import Failure
 from batchpipe.orders import Place
 from batchpipe.quarantine import read_failures, to_line
-from batchpipe.redact import clean_listed
 from batchpipe.split import InputObject
 from batchpipe.storage import ObjectExistsError, Store, open_store
 
@@ -63,7 +62,7 @@ def number_failures(numbering: Numbering, place: Place) -> int:
             count += 1
     lines = {}
     for one in numbering.objects:
-        key = (clean_listed(one.uri), one.version)
+        key = (one.shown, one.version)
         lines[key] = _Lines.of(one, np.unique(np.array(offsets[key], np.int64)), place.job.input)
     for uri, before in numbering.files:
         _write_again(store, uri, before, lines, place)
@@ -72,9 +71,7 @@ def number_failures(numbering: Numbering, place: Place) -> int:
 
 def object_of(failure: Failure, inputs: Iterable[InputObject]) -> InputObject | None:
     """The input object that a failed record is of: with its address in full, which a failure does not say."""
-    return next(
-        (one for one in inputs if (clean_listed(one.uri), one.version) == (failure.object, failure.version)), None
-    )
+    return next((one for one in inputs if (one.shown, one.version) == (failure.object, failure.version)), None)
 
 
 def line_of(found: InputObject, offset: int, spec: InputSpec) -> int | None:

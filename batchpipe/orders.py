@@ -10,7 +10,6 @@ import pyarrow as pa
 from batchpipe import __version__
 from batchpipe.convert import InputSchema
 from batchpipe.job import Job
-from batchpipe.redact import clean_listed
 from batchpipe.split import InputObject, Range, Split, pick
 from batchpipe.storage import join
 
@@ -151,7 +150,7 @@ class Orders:
 def _place(answered: Range | None) -> list[Any] | None:
     if answered is None or answered.picks is None:
         return None
-    found = replace(answered.object, uri=clean_listed(answered.object.uri))
+    found = replace(answered.object, uri=answered.object.shown)
     return [astuple(found), answered.picks.records.tolist(), answered.picks.offsets.tolist()]
 
 

@@ -12,7 +12,6 @@ from batchpipe.batch import ByteRecords, Int64s, MiniBatch, Origins
 from batchpipe.errors import InputError
 from batchpipe.formats import Format, InputSchema
 from batchpipe.job import InputSpec
-from batchpipe.redact import clean_listed
 from batchpipe.split import Range
 
 
@@ -42,8 +41,8 @@ class PickedRange:
             yield from self._picked_in(part, before)
         if self.records != len(self._wanted):
             missing = len(self._wanted) - self.records
-            msg = f"{missing:,} of the {len(self._wanted):,} records to redrive are not found in {self._object.uri!r}"
-            raise InputError(msg, where=clean_listed(self._object.uri), next="this is a defect of batchpipe")
+            msg = f"{missing:,} of the {len(self._wanted):,} records to redrive are not found in {self._object.shown!r}"
+            raise InputError(msg, where=self._object.shown, next="this is a defect of batchpipe")
 
     def _picked_in(self, part: Range, before: int) -> Iterator[MiniBatch]:
         reader = self._format.open_range(self._file, part, self._number, self._spec, self._schema)

@@ -124,7 +124,7 @@ def _names_differ_or_raise(inputs: Inputs) -> None:
         first, second, *_ = (found for found in inputs if _digest(found) == repeated)
         raise InputError(
             f"two input objects would be mirrored to one place, {first.name!r}",
-            where=f"{clean_listed(first.uri)} and {clean_listed(second.uri)}",
+            where=f"{first.shown} and {second.shown}",
             next="list them by one glob whose folder holds both, so that their names tell them apart; "
             "or state output.layout: parts",
         )

@@ -27,7 +27,7 @@ from batchpipe.plan import LARGEST_SPLIT, MAX_OBJECTS_PER_SPLIT, SPLITS_NEEDED, 
 from batchpipe.publication import INPUTS
 from batchpipe.published import read_description
 from batchpipe.quarantine import read_failures
-from batchpipe.redact import clean_listed, clean_uri
+from batchpipe.redact import clean_uri
 from batchpipe.runs import RunFolder
 from batchpipe.split import InputObject, Picks, Split, pick
 from batchpipe.storage import Store, open_store
@@ -72,6 +72,15 @@ class Redriven:
         """
         return Fingerprint({**mended.document, "inputs": self.listing})
 
+    def among(self, listed: Iterable[InputObject]) -> "Redriven":
+        """The same, with the record that the run showed to be answered in its object as it is listed now, if it is."""
+        if (answered := self.schemas.answered) is None:
+            return self
+        place = answered.object.shown, answered.object.version
+        found = next((one for one in listed if (one.shown, one.version) == place), None)
+        known = replace(answered, object=found) if found else None
+        return replace(self, schemas=replace(self.schemas, answered=known))
+
     def accounts_with(self, new: Accounts) -> RunAccounts:
         """The accounts of the run and its redrive together."""
         return RunAccounts(**asdict(_together(self.manifest.accounts, new)))
@@ -82,7 +91,7 @@ class Redriven:
         found = next(redriven, None)
         for line in iter_table(self.store, self.folder / INPUTS):
             row = Input.model_validate_json(line)
-            if found and row.uri == clean_listed(found.uri):
+            if found and row.uri == found.shown:
                 row = row.model_copy(update=asdict(_together(row, of_object(found.index))))
                 found = next(redriven, None)
             yield row
@@ -190,7 +199,7 @@ def _matched(redriven: Redriven, listed: Iterable[InputObject]) -> Iterator[tupl
         for _, _, record, offset in failed:
             picks.records.append(record)
             picks.offsets.append(offset)
-        found = next((one for one in objects if clean_listed(one.uri) == uri), None)
+        found = next((one for one in objects if one.shown == uri), None)
         if found is None or found.version != version:
             count = (
                 f"{len(picks):,} of whose records are quarantined"

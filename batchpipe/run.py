@@ -35,7 +35,7 @@ from batchpipe.output import Output
 from batchpipe.plan import Inputs, Plan
 from batchpipe.probe import Unproved, open_stages, probe, prove_nothing
 from batchpipe.processes import Host
-from batchpipe.redact import clean_listed, clean_uri
+from batchpipe.redact import clean_uri
 from batchpipe.redrive import Redriven, RedrivePlan
 from batchpipe.schedule import OnProgress, Progress, Schedule, Tally
 from batchpipe.split import isolated
@@ -148,7 +148,8 @@ class Run:
             if not output.schemas:
                 advice = pool.call(open_stages, Orders(self.place, self.redriven.schemas), on_tick=tick)
                 output.set_schemas(replace(self.redriven.schemas, advice=advice).to_json())
-            return Orders(self.place, Schemas.from_json(output.schemas))
+            kept = Schemas.from_json(output.schemas)
+            return Orders(self.place, replace(kept, answered=self.redriven.schemas.answered))
         orders = Orders(self.place, Schemas.from_json(output.schemas) if output.schemas else Schemas())
         splits, is_proved = iter(self.plan), self.schedule.is_done
         while not is_proved and (probed := tuple(islice(splits, PROBED_AT_ONCE))):
@@ -252,13 +253,13 @@ class Run:
         for found in self.plan.inputs:
             accounts = tally.of_object(found.index)
             if not accounts.balanced:
-                msg = f"the accounts of {clean_listed(found.uri)} do not add up: {accounts}"
+                msg = f"the accounts of {found.shown} do not add up: {accounts}"
                 raise BatchpipeError(msg, next="this is a defect of batchpipe; nothing was published")
 
     def _input_rows(self, inputs: Inputs, tally: Tally) -> Iterator[Input]:
         for found in inputs:
             numbers = asdict(tally.of_object(found.index))
-            yield Input(uri=clean_listed(found.uri), bytes=found.size, version=found.version, **numbers)
+            yield Input(uri=found.shown, bytes=found.size, version=found.version, **numbers)
 
     def _manifest(self, tally: Tally) -> Manifest:
         empty, redriven = LongTable(uri="", rows=0, bytes=0, sha256=""), self.redriven

@@ -80,7 +80,9 @@ def redrive_job(
         if is_done:
             return finished
         redriven = open_redriven(job, finished)
-        plan = plan_redrive(job, redriven, list_inputs(job.input, host.scratch), host.scratch)
+        listed = list_inputs(job.input, host.scratch)
+        redriven = redriven.among(listed)
+        plan = plan_redrive(job, redriven, listed, host.scratch)
         fingerprint = redriven.fingerprint_of(make_fingerprint(job, plan.inputs))
         job = fill_run_id(_told_run_id(job, run_id), finished.generations[0].run_id)
         with open_output(

@@ -20,7 +20,7 @@ from batchpipe.orders import Orders
 from batchpipe.outcome import FailedRecord, FailureLimit, Outcome
 from batchpipe.picks import PickedRange
 from batchpipe.quarantine import Quarantine
-from batchpipe.redact import clean_listed, mask, secrets_at_work
+from batchpipe.redact import mask, secrets_at_work
 from batchpipe.split import Range, Split
 from batchpipe.storage import ObjectFile, open_store
 
@@ -127,7 +127,7 @@ class Source:
         of_what = "" if found.is_first else f" after byte {found.start:,}"
         record = f", record {origins.ordinals[0]:,}{of_what}"
         offset = f", byte {origins.offsets[0]:,}" if origins.offsets[0] >= 0 else ""
-        return f"{clean_listed(found.object.uri)}{record}{offset}"
+        return f"{found.object.shown}{record}{offset}"
 
     def __enter__(self) -> Self:
         return self
@@ -199,7 +199,7 @@ class Source:
         for bad in parsed.failures:
             if bad.is_guess:
                 found = self._split.ranges[int(batch.origins.ranges[bad.index])]
-                raise misfit_error(bad, clean_listed(found.object.uri), int(batch.origins.offsets[bad.index]))
+                raise misfit_error(bad, found.object.shown, int(batch.origins.offsets[bad.index]))
             self._add_bad(batch, bad)
         origins = batch.origins if not parsed.failures else batch.origins.take(parsed.kept)
         return MiniBatch(parsed.table, origins)
@@ -239,7 +239,7 @@ class Source:
         origins, found = batch.origins, self._split.ranges[int(batch.origins.ranges[place])]
         ordinal = int(origins.ordinals[place])
         return Failure(
-            object=clean_listed(found.object.uri),
+            object=found.object.shown,
             version=found.object.version,
             range_start=found.start,
             ordinal=ordinal,

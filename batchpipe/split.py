@@ -4,6 +4,8 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from batchpipe.redact import clean_listed
+
 SPLITS_AT_A_TIME = 2
 """Splits a worker runs side by side: reading and writing of one overlap with computing of the other."""
 
@@ -21,6 +23,11 @@ class InputObject:
     size: int
     version: str
     name: str = ""
+
+    @property
+    def shown(self) -> str:
+        """Its URI as it may be printed and written down, without what is secret in it."""
+        return clean_listed(self.uri)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,7 @@ class Range:
         return self.start == 0
 
     def __str__(self) -> str:
-        return self.object.uri if self.stop == WHOLE else f"{self.object.uri}[{self.start}:{self.stop}]"
+        return self.object.shown if self.stop == WHOLE else f"{self.object.shown}[{self.start}:{self.stop}]"
 
 
 WHOLE = 2**63 - 1

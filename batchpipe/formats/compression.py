@@ -98,8 +98,8 @@ class _Decompressed(io.RawIOBase):
 
     def _broken(self, error: Exception) -> InputError:
         return InputError(
-            f"cannot read {self._object.uri!r}: its {self._compression} data are truncated or corrupt: {error}",
-            where=f"{self._object.uri}, after {self._position:,} decompressed bytes",
+            f"cannot read {self._object.shown!r}: its {self._compression} data are truncated or corrupt: {error}",
+            where=f"{self._object.shown}, after {self._position:,} decompressed bytes",
             next="write the object again; or state input.compression: none if it is not compressed",
         )
 

@@ -110,7 +110,7 @@ def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:
         if names is None:
             continue
         if columns is None:
-            columns, header_of = names, found.uri
+            columns, header_of = names, found.shown
         _match(columns, header_of, names, found)
         if len(records):
             wanted = [name for name in spec.columns or columns if name in columns and name not in spec.types]
@@ -167,8 +167,8 @@ def _header_names(header: bytes, found: InputObject, spec: InputSpec) -> tuple[s
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise InputError(
-            f"the header of {found.uri!r} names column {repeated[0]!r} twice",
-            where=f"{found.uri}, byte 0",
+            f"the header of {found.shown!r} names column {repeated[0]!r} twice",
+            where=f"{found.shown}, byte 0",
             next="mend the header; or remove it and state input.header: [names]",
         )
     return names
@@ -179,15 +179,15 @@ def _fields(record: bytes, found: InputObject, spec: InputSpec) -> tuple[str, ..
     try:
         return split_fields(record, encoding, spec.delimiter, spec.quote)
     except (UnicodeDecodeError, csv.Error) as error:
-        msg = f"cannot read the first record of {found.uri!r}: {error}"
+        msg = f"cannot read the first record of {found.shown!r}: {error}"
         raise InputError(
-            msg, where=f"{found.uri}, byte 0", next="state its input.encoding, delimiter or quote"
+            msg, where=f"{found.shown}, byte 0", next="state its input.encoding, delimiter or quote"
         ) from error
 
 
 def _order_of(file: IO[bytes], found: InputObject, spec: InputSpec, schema: InputSchema) -> tuple[int, ...] | None:
     """Return the places of the schema's columns in this object's records, None where they are in order."""
-    if spec.header is not True or found.uri == schema.header_of:
+    if spec.header is not True or found.shown == schema.header_of:
         return None
     names = read_header(file, found, spec)
     if names is None or names == schema.columns:
@@ -203,8 +203,8 @@ def _match(columns: tuple[str, ...], header_of: str, names: tuple[str, ...], fou
     parts = [f"lacks {', '.join(map(repr, missing))}"] * bool(missing)
     parts += [f"has {', '.join(map(repr, unknown))} more"] * bool(unknown)
     raise InputError(
-        f"the header of {found.uri!r} {' and '.join(parts)}, compared with {header_of!r}",
-        where=f"{found.uri}: {_listed(names)}; {header_of}: {_listed(columns)}",
+        f"the header of {found.shown!r} {' and '.join(parts)}, compared with {header_of!r}",
+        where=f"{found.shown}: {_listed(names)}; {header_of}: {_listed(columns)}",
         next="give the objects the same columns (their order is free), or read them by two jobs",
     )
 
@@ -226,8 +226,8 @@ def _infer(
     try:
         return infer_csv(records, names, wanted, dialect)
     except UnicodeDecodeError as error:
-        msg = f"cannot read {found.uri!r} as {dialect.encoding}: {error}"
-        raise InputError(msg, where=found.uri, next="state its input.encoding, such as latin-1") from error
+        msg = f"cannot read {found.shown!r} as {dialect.encoding}: {error}"
+        raise InputError(msg, where=found.shown, next="state its input.encoding, such as latin-1") from error
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -44,8 +44,8 @@ class Transcoded(io.RawIOBase):
             try:
                 self._waiting = self._decoder.decode(data, final=not data).encode()
             except UnicodeDecodeError as error:
-                msg = f"cannot read {self._object.uri!r} as {self._encoding}: {error}"
-                raise InputError(msg, where=self._object.uri, next="state its input.encoding") from error
+                msg = f"cannot read {self._object.shown!r} as {self._encoding}: {error}"
+                raise InputError(msg, where=self._object.shown, next="state its input.encoding") from error
             if not data:
                 break
         size = min(len(buffer), len(self._waiting))

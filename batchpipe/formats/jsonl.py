@@ -65,7 +65,7 @@ def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:
         for batch in open_range(file, Range(found, 0, WHOLE), 0, spec, block_bytes=SAMPLE_BYTES):
             assert isinstance(batch.records, ByteRecords)
             groups.append(_infer(batch.records, spec, found))
-            seen = seen or found.uri
+            seen = seen or found.shown
             break
         if len(groups) == SAMPLE_OBJECTS:
             break
@@ -92,7 +92,7 @@ def _infer(records: ByteRecords, spec: InputSpec, found: InputObject) -> list[Fi
     try:
         return infer_jsonl(records, record_encoding(spec.encoding), lambda name: _is_guessed(name, spec))
     except NoCommonTypeError as error:
-        raise _mixed(str(error), found.uri) from error
+        raise _mixed(str(error), found.shown) from error
 
 
 def _is_guessed(name: str, spec: InputSpec) -> bool:

@@ -54,7 +54,7 @@ class WholeObject:
         yield MiniBatch(ByteRecords.of([b"".join(parts)]), Origins.of_range(self._number, 0, np.zeros(1, np.int64)))
 
     def _too_long(self) -> InputError:
-        uri = self._range.object.uri
+        uri = self._range.object.shown
         return InputError(
             f"{uri!r} is longer than input.max_record_mb allows for one record ({self._spec.max_record_mb:g} MB)",
             where=f"{uri}, byte 0",

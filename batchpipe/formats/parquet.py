@@ -72,7 +72,7 @@ def infer_schema(samples: Samples, spec: InputSpec) -> InputSchema:
     for found, file in ((found, file) for found, file in islice(samples, SAMPLE_TRIES) if found.size):
         schema = plain_schema(_open(file, found).schema_arrow)
         picked = pa.schema([_field(schema, name, found) for name in spec.columns or schema.names])
-        return InputSchema(picked, frozenset(picked.names), tuple(picked.names), found.uri)
+        return InputSchema(picked, frozenset(picked.names), tuple(picked.names), found.shown)
     names = spec.columns or ()
     return InputSchema(pa.schema([pa.field(name, pa.null()) for name in names]), frozenset(), tuple(names))
 
@@ -113,7 +113,7 @@ class ParquetRange:
         try:
             return MiniBatch(table.select(schema.names).cast(schema), origins)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            found, other = self._range.object.uri, self._schema.header_of
+            found, other = self._range.object.shown, self._schema.header_of
             raise InputError(
                 f"the columns of {found!r} do not fit those of {other!r}: {error}",
                 where=f"{found}: {_described(table.schema)}; {other}: {_described(schema)}",
@@ -158,8 +158,8 @@ def _broken(error: Exception, found: InputObject) -> Exception:
     if isinstance(error, InputError) or getattr(error, "errno", None) is not None:
         return error
     return InputError(
-        f"cannot read {found.uri!r} as Parquet: {str(error).strip() or type(error).__name__}",
-        where=f"{found.uri}, {found.size:,} bytes",
+        f"cannot read {found.shown!r} as Parquet: {str(error).strip() or type(error).__name__}",
+        where=f"{found.shown}, {found.size:,} bytes",
         next="the object is truncated, corrupt or of another format: write it again, or leave it out of input.uri",
     )
 
@@ -178,8 +178,8 @@ def _check_columns(schema: pa.Schema, wanted: InputSchema, found: InputObject) -
     missing = [name for name in wanted.schema.names if name not in schema.names]
     if missing:
         raise InputError(
-            f"{found.uri!r} lacks the column {missing[0]!r}, compared with {wanted.header_of!r}",
-            where=f"{found.uri}: {_described(schema)}; {wanted.header_of}: {_described(wanted.schema)}",
+            f"{found.shown!r} lacks the column {missing[0]!r}, compared with {wanted.header_of!r}",
+            where=f"{found.shown}: {_described(schema)}; {wanted.header_of}: {_described(wanted.schema)}",
             next="give the objects the same columns, or read them by two jobs",
         )
     return list(wanted.schema.names)
@@ -188,8 +188,8 @@ def _check_columns(schema: pa.Schema, wanted: InputSchema, found: InputObject) -
 def _field(schema: pa.Schema, name: str, found: InputObject) -> Field:
     if name not in schema.names:
         raise InputError(
-            f"input.columns names {name!r}, which is not a column of {found.uri!r}",
-            where=f"{found.uri}: {_described(schema)}",
+            f"input.columns names {name!r}, which is not a column of {found.shown!r}",
+            where=f"{found.shown}: {_described(schema)}",
             next="name one of these columns in input.columns",
         )
     return schema.field(name)

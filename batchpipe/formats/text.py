@@ -163,13 +163,13 @@ class TextRange:
             ends = self._scanner.ends(buffer, scanned, offset, _mark_length(buffer) if offset == 0 else 0)
         except BadQuoteError as bad:
             raise self._error(
-                f"malformed csv in {self._range.object.uri!r}: {bad.reason}",
+                f"malformed csv in {self._range.object.shown!r}: {bad.reason}",
                 bad.offset,
                 "mend the quotes; or state input.newlines_in_values: false if no value holds a newline",
             ) from None
         if at_end and self._scanner.inside:
             raise self._error(
-                f"malformed csv in {self._range.object.uri!r}: a quote opened a value that is never closed",
+                f"malformed csv in {self._range.object.shown!r}: a quote opened a value that is never closed",
                 self._scanner.opened if self._scanner.opened >= 0 else offset,
                 "mend the quotes; or state input.newlines_in_values: false if no value holds a newline",
             )
@@ -202,15 +202,16 @@ class TextRange:
     def _too_long(self, offset: int) -> InputError:
         limit = self._max_record_bytes / (1 << 20)
         opened = " (a quote opens a value there that is not closed)" if self._scanner.inside else ""
+        found = self._range.object.shown
         return self._error(
-            f"a record of {self._range.object.uri!r} is longer than input.max_record_mb allows ({limit:g} MB){opened}",
+            f"a record of {found!r} is longer than input.max_record_mb allows ({limit:g} MB){opened}",
             offset,
             "look at the object there; or raise input.max_record_mb",
         )
 
     def _error(self, message: str, offset: int, next_: str) -> InputError:
         kind = InputError if self.is_proven else ProvisionalInputError
-        return kind(message, where=f"{self._range.object.uri}, byte {offset:,}", next=next_)
+        return kind(message, where=f"{self._range.object.shown}, byte {offset:,}", next=next_)
 
 
 def _mark_length(buffer: bytes) -> int:
