@@ -4,7 +4,7 @@ A run holds the lock from here until it ends, and from then on speaks to the `Ou
 """
 
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from batchpipe.manifest import Manifest
 from batchpipe.orders import HIDDEN
 from batchpipe.output import Output
 from batchpipe.publication import (
+    PiecesLostError,
     committed_pieces,
     drop_run,
     finish_published,
@@ -68,7 +69,7 @@ def open_output(  # noqa: PLR0913 - one step of a run, which has all of these
         finished, unfinished = _finish_begun(store, root, job.output.storage_options)
         is_done = finished is not None and _is_done(output, finished)
         if finished and (is_done or redrives) and (damage := find_damage(store, root, finished)):
-            _drop_damaged_or_raise(output, finished, damage, drops=restart and not redrives)
+            _drop_damaged_or_raise(output, finished, damage, unfinished, drops=restart and not redrives)
             finished, is_done = None, False
         if finished and is_done:
             if not unfinished:  # uploads that a late writer has begun since
@@ -122,7 +123,10 @@ def finished_run(job: Job, wait_s: float) -> tuple[Manifest | None, bool]:
 
 
 def _finish_begun(store: Store, root: str, options: Mapping[str, Any]) -> tuple[Manifest | None, list[str]]:
-    """Finish what had begun to publish. Returns the run that is finished, and the ids of those that are not."""
+    """Finish what had begun to publish. Returns the run that is finished, and the ids of those that are not.
+
+    One that lost pieces is not: only its own job can make them anew.
+    """
     unfinished, strayed = find_runs(store, root)
     remove_strays(store, root, strayed)
     finished = read_manifest(store, root, options)
@@ -130,8 +134,9 @@ def _finish_begun(store: Store, root: str, options: Mapping[str, Any]) -> tuple[
         finish_published(store, RunFolder(root, finished.run_id), finished)
         unfinished.remove(finished.run_id)
     for run in [run for run in unfinished if is_committed(store, RunFolder(root, run))]:
-        roll_forward(store, RunFolder(root, run))
-        unfinished.remove(run)
+        with suppress(PiecesLostError):
+            roll_forward(store, RunFolder(root, run))
+            unfinished.remove(run)
         finished = read_manifest(store, root, options)
     return finished, unfinished
 
@@ -155,10 +160,12 @@ def _is_done(output: Output, finished: Manifest) -> bool:
     return False
 
 
-def _drop_damaged_or_raise(output: Output, finished: Manifest, damage: str, *, drops: bool) -> None:
+def _drop_damaged_or_raise(
+    output: Output, finished: Manifest, damage: str, unfinished: list[str], *, drops: bool
+) -> None:
     """Remove a finished run that is not whole any more, so that it runs again, where that was asked for."""
     if drops:
-        _only_named_or_raise(output, finished)
+        _only_named_or_raise(output, finished, unfinished)
         unpublish(output.store, output.folder.root, finished, output.lock)
         return
     raise OutputError(
@@ -178,8 +185,7 @@ def _make_room(output: Output, finished: Manifest | None, unfinished: list[str],
     kept = [run for run in unfinished if run not in dropped]
     _no_other_run_or_raise(output, kept)
     if output.folder.run_id not in kept or output.redrives:
-        theirs = {piece.uri for run in dropped for piece in committed_pieces(store, RunFolder(root, run))}
-        _free_or_raise(output, finished, {relative(uri, root) for uri in theirs})
+        _free_or_raise(output, finished, unfinished)
     for run in dropped:
         drop_run(store, RunFolder(root, run))
 
@@ -210,8 +216,8 @@ def _is_redrive_of(finished: Manifest | None, run: str) -> bool:
     return finished is not None and run.startswith(f"{finished.generations[0].run_id}-redrive-")
 
 
-def _free_or_raise(output: Output, finished: Manifest | None, dropped: Set[str]) -> None:
-    """Refuse a folder that holds what this run did not make, but for what is to be dropped."""
+def _free_or_raise(output: Output, finished: Manifest | None, unfinished: list[str]) -> None:
+    """Refuse a folder that holds what this run did not make."""
     root, run_id = output.folder.root, output.folder.run_id
     if output.redrives:
         if finished is None or finished.run_id != output.redrives.run_id:
@@ -222,14 +228,17 @@ def _free_or_raise(output: Output, finished: Manifest | None, dropped: Set[str])
         raise OutputError(
             msg, where=clean_uri(root), next="choose another output.uri, or set output.if_exists: replace"
         )
-    _only_named_or_raise(output, finished, dropped)
+    _only_named_or_raise(output, finished, unfinished)
 
 
-def _only_named_or_raise(output: Output, finished: Manifest | None, dropped: Set[str] = frozenset()) -> None:
+def _only_named_or_raise(output: Output, finished: Manifest | None, unfinished: list[str]) -> None:
+    """Refuse a folder with data that no manifest names, and that no unfinished run had begun to publish."""
     root = output.folder.root
     has_table = finished is not None and output.store.exists(join(root, finished.parts.uri))
     named = {part.uri for part in iter_parts(output.store, root, finished)} if finished and has_table else set()
+    folders = (RunFolder(root, run) for run in unfinished)
+    named |= {relative(piece.uri, root) for folder in folders for piece in committed_pieces(output.store, folder)}
     for found in output.store.find(root):
-        if (name := relative(found.uri, root)) not in named and name not in dropped:
+        if (name := relative(found.uri, root)) not in named:
             msg = f"the output folder holds {name!r}, which no manifest names"
             raise OutputError(msg, where=clean_uri(root), next="choose another output.uri, or move what is there")

@@ -11,7 +11,7 @@ from typing import Any
 from batchpipe.errors import BatchpipeError
 from batchpipe.orders import HIDDEN
 from batchpipe.processes import OWNER_FILE, SCRATCH_PREFIX, SWEEP_PREFIX
-from batchpipe.publication import PiecesLostError, drop_run, is_committed, roll_forward, sweep
+from batchpipe.publication import PiecesLostError, committed_pieces, drop_run, is_committed, roll_forward, sweep
 from batchpipe.published import read_manifest
 from batchpipe.runs import RunFolder, find_runs, iter_pending, layout_of, remove_strays
 from batchpipe.stages.engine import EngineError, NoEngineError, find_engine
@@ -116,7 +116,7 @@ def clean_output(
         for run in unfinished or [""]:
             folder = RunFolder(root, run)
             if drops_unfinished and run and not (published and published.run_id == run):
-                _drop_or_finish(store, folder)
+                _drop_or_finish(store, folder, note)
             else:
                 sweep(store, folder)
         kept = {found.name for found in find_in_output(store, root)}
@@ -126,14 +126,14 @@ def clean_output(
     return [found for found in before if found.name not in kept]
 
 
-def _drop_or_finish(store: Store, folder: RunFolder) -> None:
+def _drop_or_finish(store: Store, folder: RunFolder, note: Callable[[str], None]) -> None:
     """Drop an unfinished run; one that has begun to publish only where pieces of it are gone."""
-    try:
-        if is_committed(store, folder):
+    if is_committed(store, folder):
+        with suppress(PiecesLostError):
             roll_forward(store, folder)
             return
-    except PiecesLostError:
-        pass
+    if next(committed_pieces(store, folder), None):
+        note(f"run {folder.run_id} had begun to publish, and pieces of it are gone: what it had published goes, too")
     drop_run(store, folder)
 
 

@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from batchpipe.journal import read_journal, revoke_journal
 from batchpipe.manifest import SplitResult
 from batchpipe.orders import HIDDEN
-from batchpipe.storage import Pending, Store, is_scrap, join, relative
+from batchpipe.storage import ObjectMissingError, Pending, Store, is_scrap, join, relative
 
 OUR_NAMES = re.compile(rf"{HIDDEN}/.*|part-(.+-)?\d{{8}}\.\w+(\.\w+)?", re.DOTALL)
 """Paths that pieces go to, as `Place.piece_uri` and `quarantine_uri` make them; the parts of Spark look otherwise."""
@@ -149,8 +150,12 @@ def start_of(store: Store, folder: RunFolder) -> dict[str, Any] | None:
 
 
 def layout_of(store: Store, folder: RunFolder) -> str:
-    """The layout that an unfinished run writes its output in; empty where its journal does not tell."""
-    return str((start_of(store, folder) or {}).get("layout", ""))
+    """The layout that an unfinished run writes its output in, else that of the finished one; empty where none tells."""
+    if layout := (start_of(store, folder) or {}).get("layout", ""):
+        return str(layout)
+    with suppress(ObjectMissingError):
+        return str(json.loads(store.read(folder.manifest)).get("output_layout", ""))
+    return ""
 
 
 @dataclass(slots=True)

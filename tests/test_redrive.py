@@ -384,6 +384,47 @@ def test_G2_a_redrive_that_had_begun_to_publish_is_finished_by_the_same_command(
     assert failed(jobs) == FAILING[1:]
 
 
+@pytest.fixture
+def half_published(jobs: Jobs) -> Path:
+    """A job whose redrive has published one of its objects, and lost the other while something was in the way."""
+    in_the_way = jobs.out / "b.csv.redrive-1.out"
+    head = "def picky(frame: pd.DataFrame):\n"
+    blocks = f'    if (HERE / "blocked").exists():\n        Path("{in_the_way}").write_text("not ours")\n'
+    jobs.write("stages.py", GATE + STAGES.replace(head, head + blocks))
+    for name in "ab":
+        jobs.write(f"in/{name}.csv", csv_rows(400))
+    job = failed_first(jobs, output={"layout": "mirror"})
+    jobs.write("mended", "all")
+    jobs.write("blocked", "")
+    blocked = jobs.run("redrive", job)
+    assert (blocked.code, (jobs.out / "a.csv.redrive-1.out").exists()) == (7, True), blocked.err
+    (jobs.folder / "blocked").unlink()
+    in_the_way.unlink()
+    (lost,) = jobs.hidden("*/pending/*")
+    lost.unlink()
+    return job
+
+
+def test_G2_a_redrive_that_lost_a_piece_while_it_was_published_makes_it_anew(jobs: Jobs, half_published: Path):
+    done = jobs.run("redrive", half_published)
+
+    assert (done.code, failed(jobs)) == (0, []), done.err
+    assert {name: data for name, data in jobs.part_bytes().items() if "redrive" in name} == {
+        f"{name}.csv.redrive-1.out": squares(FAILING) for name in "ab"
+    }
+    assert jobs.run("verify", jobs.out).code == 0
+
+
+def test_G2_a_damaged_run_is_made_anew_though_its_redrive_is_half_published(jobs: Jobs, half_published: Path):
+    (jobs.out / "a.csv.out").unlink()
+
+    refused, restarted = jobs.run("run", half_published), jobs.run("run", half_published, "--restart")
+
+    assert (refused.code, "a.csv.out is missing" in refused.err) == (7, True), refused.err
+    assert (restarted.code, sorted(jobs.part_bytes())) == (0, ["a.csv.out", "b.csv.out"]), restarted.err
+    assert jobs.run("verify", jobs.out).code == 0
+
+
 JSON_LINES = "".join(json.dumps({"n": n, "text": f"row {n}"}) + "\n" for n in range(400)).encode()
 FRAME = pa.table({"n": range(400), "text": [f"row {n}" for n in range(400)]})
 TEXT = b"".join(b"bad %d\n" % n if n % 9 == 4 else b"good %d\n" % n for n in range(30))

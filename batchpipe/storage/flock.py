@@ -72,7 +72,9 @@ def _locked_descriptor(path: Path) -> int:
         except BlockingIOError as exc:
             holder = owners.from_bytes(os.pread(descriptor, 1 << 16, 0))
             os.close(descriptor)
-            raise owners.locked(str(path), holder, "try again when it has ended, or wait for it: --wait 600") from exc
+            raise owners.locked(
+                str(path), holder, "try again when it has ended; run and redrive wait for it: --wait 600"
+            ) from exc
         except OSError:
             os.close(descriptor)
             raise

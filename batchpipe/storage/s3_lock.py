@@ -85,7 +85,7 @@ class S3Lock:
         raise owners.locked(
             self._uri,
             holder,
-            "try again when it has ended, or wait for it: --wait 600; "
+            "try again when it has ended; run and redrive wait for it: --wait 600; "
             f"if it is dead its lock lapses {self._ttl_s:g} s after its last sign of life",
         )
 
