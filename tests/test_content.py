@@ -336,3 +336,16 @@ def test_large_csv_answer_is_cut_in_one_sweep():
     records = read(body, CSV)
 
     assert np.array_equal(records.ends, np.arange(1, 200_001) * 8)
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (b"{}", "is an object without a key"),
+        (b'{"n": "\xff"}', "is not JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b'{"n": 1, "n": 2}', "is JSON that cannot be read"),
+    ],
+)
+def test_a_record_that_alone_has_no_column_is_no_table_of_none(record: bytes, why: str):
+    with pytest.raises(ContentError, match=f"^record 1 {re.escape(why)}"):
+        to_table(ByteRecords.of([record + b"\n"], JSON_LINES))

@@ -233,6 +233,27 @@ def test_an_answer_of_another_content_type_costs_its_record_alone(jobs: Jobs, ma
         assert jobs.quarantined()[0]["message"] == "answered text/html; the next stage takes text/csv"
 
 
+@pytest.mark.parametrize("odd", ['{"n": 1, "n": 2}', "{}"])
+def test_an_answer_that_is_no_row_for_the_callable_behind_costs_its_record_alone(jobs: Jobs, odd: str):
+    rows = [f'{{"n": {n}}}' for n in range(20)]
+    jobs.write("in/a.txt", "\n".join([*rows[:7], odd, *rows[7:]]) + "\n")
+    first = process("first", content_type="application/jsonlines")
+    stages = [first, {"callable": "stages:double", "name": "second"}]
+    job = jobs.job(
+        stages,
+        input={"uri": "in", "format": "lines"},
+        batch={"max_records": 1, "max_concurrent_transforms": 4},
+        on_error={"max_failed_records": 1},
+    )
+
+    ran = jobs.run("run", job)
+
+    assert (ran.code, len(jobs.records())) == (0, 20), ran.err
+    (failed,) = jobs.quarantined()
+    assert (failed["record"], failed["stage"], failed["reason"]) == (7, "second", "ContentError")
+    assert failed["message"].endswith("; it comes from stage 'first'")
+
+
 @pytest.mark.parametrize(("longest_s", "count"), [(0.0, 1), (60.0, 4)])
 def test_a_task_that_takes_long_returns_what_it_has(
     jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest_s: float, count: int

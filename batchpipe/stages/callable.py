@@ -15,6 +15,7 @@ import numpy as np
 
 from batchpipe import convert
 from batchpipe.batch import ByteRecords, Records
+from batchpipe.content import ContentError
 from batchpipe.errors import JobError, StageStartError
 from batchpipe.redact import mask, secrets_at_work
 from batchpipe.stages import Answer, InvocationFailed, Remedy, sender_of, watchdog
@@ -85,6 +86,8 @@ class CallableStage:
             return convert.to_argument(self._parsed(records), self._kind)
         except TypeError as error:
             raise TypeError(f"stage {self.name!r} {error}; they come from {self._sender}") from error
+        except ContentError as error:
+            raise ContentError(f"{error}; it comes from {self._sender}") from error
 
     def _parsed(self, records: Records) -> Records:
         """Text that an HTTP stage answered as a table, where the callable takes one."""

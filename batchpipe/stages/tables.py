@@ -81,8 +81,17 @@ def _parse_json(records: ByteRecords) -> convert.Parsed | pa.Table:
         fields = convert.infer_jsonl(records)
     except convert.NoCommonTypeError as exc:
         raise ContentError(f"JSON records hold values of different kinds: {exc}") from exc
+    if not fields:  # a table without columns does not tell how many records it has
+        raise ContentError(f"record 1 {_why_without_columns(bytes(records[0]))}")
     schema = pa.schema(fields)
     return convert.jsonl_to_table(records, convert.InputSchema(schema, frozenset(), tuple(schema.names)))
+
+
+def _why_without_columns(record: bytes) -> str:
+    try:
+        return "is JSON that cannot be read" if json.loads(record) else "is an object without a key"
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON: {error}"
 
 
 def _fields(line: bytes) -> tuple[str, ...]:
