@@ -5,9 +5,8 @@ import math
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 
 from batchpipe import gauge
 from batchpipe.batch import ByteRecords, Records, slice_records
@@ -52,11 +51,13 @@ class Invoker:
         records not tried then appear nowhere in the outcome. Raises InvocationFailed where the stage breaks its
         contract, RecordsFailedError where it fails for whatever it is sent.
         """
-        return await self._settle(records, _Search(limit, stats, self._max_retries, self.stage.is_exclusive))
+        search = _Search(limit, stats, self._max_retries, self.stage.is_exclusive)
+        return self._together(await self._settle(records, search), search)
 
-    async def _settle(self, records: Records, search: "_Search") -> Outcome:
+    async def _settle(self, records: Records, search: "_Search") -> list[Part]:
+        """What became of the records, in the slices that were answered or failed."""
         if search.limit.is_spent:
-            return Outcome(None, NONE)
+            return []
         if len(records) > 1 and self.stage.takes_one(records):
             return await self._each(records, search)
         if len(records) > 1 and self._too_large is not None and records.nbytes >= self._too_large:
@@ -77,23 +78,24 @@ class Invoker:
             else:
                 self._failed_in_row = 0
                 self._proof = _one_of(records) if self._proof is None else self._proof
-                return Outcome.of(answer, len(records), self.stage.name, search.stats)
+                return [(0, Outcome.of(answer, len(records), self.stage.name, search.stats))]
 
-    async def _give_up(self, records: Records, search: "_Search", tries: "_Tries", why: InvocationFailed) -> Outcome:
+    async def _give_up(self, records: Records, search: "_Search", tries: "_Tries", why: InvocationFailed) -> list[Part]:
         """After the last attempt: a single record has failed, others are sought by halving."""
         if len(records) > 1:
             if why.remedy is Remedy.RETRY and not search.is_halving:
                 await self._prove(why)  # every attempt failed, with backoff: is it there at all?
             if why.remedy is Remedy.SMALLER:
                 self._too_large = min(records.nbytes, self._too_large or records.nbytes)
-            outcome = await self._halves(records, search.halved(alone=tries.alone))
-            if why.reason == WRONG_COUNT and len(outcome.places) == len(records) and not search.is_halving:
+            parts = await self._halves(records, search.halved(alone=tries.alone))
+            answered = sum(len(outcome.places) for _, outcome in parts)
+            if why.reason == WRONG_COUNT and answered == len(records) and not search.is_halving:
                 await self._count_again(records, search, why)
-            return outcome
+            return parts
         search.limit.add(why)
         search.stats[self.stage.name] += StageStats(failed=1)
         await self._doubt(why, weight=1)
-        return Outcome(None, NONE, (FailedRecord(0, self.stage.name, search.lean(why), tries.attempts),))
+        return [(0, Outcome(None, NONE, (FailedRecord(0, self.stage.name, search.lean(why), tries.attempts),)))]
 
     async def _count_again(self, records: Records, search: "_Search", why: InvocationFailed) -> None:
         """Where no record is to blame for a wrong count: was it chance, or does the stage not go record by record?
@@ -110,15 +112,16 @@ class Invoker:
     def _breaks_contract(self, message: str) -> InvocationFailed:
         return InvocationFailed("WrongAnswer", f"stage {self.stage.name!r} {message}", Remedy.NONE)
 
-    async def _halves(self, records: Records, search: "_Search") -> Outcome:
+    async def _halves(self, records: Records, search: "_Search") -> list[Part]:
         middle = len(records) // 2
         left = await self._settle(slice_records(records, 0, middle), search)
         right = await self._settle(slice_records(records, middle, len(records)), search)
-        return self._merge([(0, left), (middle, right)], search)
+        return [*left, *_shifted(right, by=middle)]
 
-    def _merge(self, parts: Iterable[Part], search: "_Search") -> Outcome:
+    def _together(self, parts: list[Part], search: "_Search") -> Outcome:
+        """One outcome of all parts. Raises InvocationFailed where nothing can hold what was answered."""
         try:
-            return Outcome.merge(self._without_outvoted(list(parts), search))
+            return Outcome.merge(self._without_outvoted(parts, search))
         except TypeError as exc:
             raise self._breaks_contract(f"answered {exc}") from exc
 
@@ -133,18 +136,18 @@ class Invoker:
                 parts[place] = (first, outcome.failing(self.stage.name, odd[first]))
         return parts
 
-    async def _each(self, records: Records, search: "_Search") -> Outcome:
+    async def _each(self, records: Records, search: "_Search") -> list[Part]:
         """Send a stage that takes one record a request each by itself: one that fails is tried again alone, at once.
 
         Mini-batches take turns whole, so that the oldest is answered first, and none makes ready what has to wait.
         """
-        outcomes: dict[int, Outcome] = {}
+        settled: dict[int, list[Part]] = {}
         waiting = deque(range(len(records)))
 
         async def run(place: int | None) -> None:
             try:
                 while place is not None:
-                    outcomes[place] = await self._settle(slice_records(records, place, place + 1), search)
+                    settled[place] = await self._settle(slice_records(records, place, place + 1), search)
                     place = waiting.popleft() if waiting else None
             except BaseException:
                 waiting.clear()
@@ -165,7 +168,7 @@ class Invoker:
         finally:
             for runner in running:
                 runner.cancel()
-        return self._merge(sorted(outcomes.items(), key=itemgetter(0)), search)
+        return [part for place in sorted(settled) for part in _shifted(settled[place], by=place)]
 
     async def _attempt(self, records: Records, stats: Stats, *, alone: bool) -> Answer:
         started = time.perf_counter()
@@ -281,6 +284,10 @@ class _Tries:
             return None
         self._retried += 1
         return _delay_s(self._retried, failure.retry_after_s)
+
+
+def _shifted(parts: Iterable[Part], by: int) -> Iterator[Part]:
+    return ((first + by, outcome) for first, outcome in parts)
 
 
 async def _know_none() -> None:

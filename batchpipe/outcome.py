@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,10 @@ from batchpipe.stages import Answer, InvocationFailed, Remedy
 Stats: TypeAlias = dict[str, StageStats]
 Part: TypeAlias = "tuple[int, Outcome]"
 """What became of a slice of the records, behind the place that it begins at."""
+
+_Answered: TypeAlias = tuple[int, Records, int]
+"""Where a part begins, its answers, and how many they are."""
+_Kind = TypeVar("_Kind")
 
 NONE: Int64s = np.empty(0, np.int64)
 OF_SEVERAL_TYPES = "application/octet-stream"
@@ -58,6 +62,10 @@ class Outcome:
         Raises TypeError where nothing can hold all answers: tables and bytes, or columns of other types.
         """
         shifted = list(parts)
+        if not shifted:
+            return cls(None, NONE)
+        if len(shifted) == 1 and shifted[0][0] == 0:
+            return shifted[0][1]
         records = [outcome.records for _, outcome in shifted if outcome.records is not None and len(outcome.places)]
         if len({type(each) for each in records}) > 1:
             raise TypeError("some records as a table and others as bytes")
@@ -83,20 +91,62 @@ class Outcome:
 
 
 def outvoted(parts: Sequence[Part]) -> dict[int, InvocationFailed]:
-    """Which parts, by where they begin, were answered as another type than most records, where text has columns.
+    """Which parts, by where they begin, were answered as another type than most records of their mini-batch.
 
-    Other bytes, as images, may be of several types.
+    That is text with columns of another content type or header, where other bytes, as images, may be of several; and
+    tables whose columns cannot stand beside those of the others.
     """
-    types = {first: _kind(one.records) for first, one in parts if isinstance(one.records, ByteRecords)}
-    kinds = set(types.values())
-    if len(kinds) < 2 or not {media_type for media_type, _ in kinds} & TABULAR:
+    answered = [(first, one.records, len(one.places)) for first, one in parts if one.records is not None]
+    if len(answered) < 2:
         return {}
-    counts = Counter[tuple[str, bytes]]()
-    for first, one in parts:
-        if first in types:
-            counts[types[first]] += len(one.places)
-    [(usual, _)] = counts.most_common(1)
-    return {first: _unusual(kind, usual) for first, kind in types.items() if kind != usual}
+    return {**_other_texts(answered), **_other_tables(answered)}
+
+
+def _other_texts(answered: Iterable[_Answered]) -> dict[int, InvocationFailed]:
+    texts = [(first, _kind(records), count) for first, records, count in answered if isinstance(records, ByteRecords)]
+    usual, _ = _most_common((kind, count) for _, kind, count in texts)
+    if usual is None or not {media_type for _, (media_type, _), _ in texts} & TABULAR:
+        return {}
+    return {first: _unusual(kind, usual) for first, kind, _ in texts if kind != usual}
+
+
+def _other_tables(answered: Iterable[_Answered]) -> dict[int, InvocationFailed]:
+    """Where most records agree. Else nobody can say which are odd, and the stage does not answer alike."""
+    tables = [(first, records.schema, count) for first, records, count in answered if isinstance(records, pa.Table)]
+    usual, share = _most_common((schema, count) for _, schema, count in tables)
+    if usual is None or share <= 0.5:
+        return {}
+    odd = ((first, _misfit(schema, usual)) for first, schema, _ in tables if schema != usual)
+    return {first: InvocationFailed("WrongAnswer", why, Remedy.ISOLATE) for first, why in odd if why}
+
+
+def _most_common(counted: Iterable[tuple[_Kind, int]]) -> tuple[_Kind | None, float]:
+    """What most records are, and which share of all; None where there are none."""
+    counts = Counter[_Kind]()
+    for kind, count in counted:
+        counts[kind] += count
+    if not counts.total():
+        return None, 0.0
+    [(usual, most)] = counts.most_common(1)
+    return usual, most / counts.total()
+
+
+def _misfit(schema: pa.Schema, usual: pa.Schema) -> str:
+    """Why a table cannot stand beside the usual ones; empty where it can."""
+    for column in schema:
+        place = usual.get_field_index(column.name)
+        other = usual.field(place).type if place >= 0 else column.type
+        if not _fit(column.type, other):
+            return f"answered column {column.name!r} as {column.type}; most of its mini-batch as {other}"
+    return ""
+
+
+def _fit(kind: pa.DataType, other: pa.DataType) -> bool:
+    try:
+        pa.unify_schemas([pa.schema([("", kind)]), pa.schema([("", other)])], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return False
+    return True
 
 
 def _kind(records: Records) -> tuple[str, bytes]:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from batchpipe import invoke
@@ -157,6 +157,30 @@ def test_G8_a_stage_whose_answers_are_of_other_types_for_other_records_breaks_it
 
     assert caught.value.remedy is Remedy.NONE
     assert "stage 'doubling' answered some records with other types than others: " in str(caught.value)
+
+
+@given(st.integers(3, 100), st.sets(st.integers(0, 99), min_size=1), st.sampled_from(["table", "text"]))
+def test_records_that_are_answered_as_another_type_than_most_fail_and_no_other_does(count, odd, kind):
+    """However the halves lie: two records that stand alone are of two types, and cannot tell which is odd."""
+    odd = {n for n in odd if n < count}
+    assume(0 < 2 * len(odd) < count)
+
+    class Odd(Doubling):
+        async def invoke(self, records: Records, *, alone: bool = False) -> Answer:
+            numbers = column(records)
+            if len({n in odd for n in numbers}) > 1:
+                raise InvocationFailed("ValueError", "of no one type", Remedy.ISOLATE)
+            is_odd = numbers[0] in odd
+            if kind == "table":
+                return Answer(pa.table({"n": [str(n) if is_odd else n for n in numbers]}))
+            body = [b"<p>sorry</p>\n" if is_odd else b'{"n": 1}\n' for _ in numbers]
+            return Answer(ByteRecords.of(body, "text/html" if is_odd else "application/json"))
+
+    outcome = invoke_now(Odd(), range(count), FailureLimit(None))
+
+    assert [failed.place for failed in outcome.failed] == sorted(odd)
+    assert outcome.places.tolist() == [n for n in range(count) if n not in odd]
+    assert {failed.why.reason for failed in outcome.failed} == {"WrongAnswer"}
 
 
 class Miscounting(Doubling):
