@@ -132,7 +132,8 @@ def test_G4_what_is_done_behind_a_range_that_hangs_is_not_done_again_after_a_kil
     assert again.code == 0, again.err
     firsts = {path.name.split("-")[1] for path in set(jobs.folder.glob("ran-*")) - before}
     assert len(kept) >= 3
-    assert len(firsts - {"0"}) == again.manifest["splits"] - len(kept)  # the first one shows that the stage answers
+    # The first record shows that the stage answers; its split may have waited behind one that hangs, too.
+    assert len(firsts - {"0"}) == len(set(range(again.manifest["splits"])) - kept - {0})
     assert content(jobs) == content(done)
 
 
