@@ -187,7 +187,7 @@ def _fields(record: bytes, found: InputObject, spec: InputSpec) -> tuple[str, ..
 
 def _order_of(file: IO[bytes], found: InputObject, spec: InputSpec, schema: InputSchema) -> tuple[int, ...] | None:
     """Return the places of the schema's columns in this object's records, None where they are in order."""
-    if spec.header is not True or found.shown == schema.header_of:
+    if spec.header is not True or found.uri == schema.header_of:  # as it was listed: two may be shown alike
         return None
     names = read_header(file, found, spec)
     if names is None or names == schema.columns:
