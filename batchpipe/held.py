@@ -3,33 +3,26 @@
 There may be as many as a slow range has others behind it, so they lie in a file: a few bytes of each are in memory.
 """
 
-import json
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 from batchpipe.manifest import SplitFailed, SplitResult
+from batchpipe.spool import Spool
 
 
 class HeldResults(MutableMapping[int, SplitResult | SplitFailed]):
     """What splits ended with, by their numbers. Results are in the file; errors, of which there are few, are not."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b")
+        self._spool = Spool(path)
         self._places: dict[int, int | SplitFailed] = {}
 
     def __setitem__(self, split: int, outcome: SplitResult | SplitFailed) -> None:
-        if isinstance(outcome, SplitFailed):
-            self._places[split] = outcome
-            return
-        self._places[split] = self._file.seek(0, 2)
-        self._file.write(json.dumps(outcome.to_json()).encode() + b"\n")
+        self._places[split] = outcome if isinstance(outcome, SplitFailed) else self._spool.add(outcome.to_json())
 
     def __getitem__(self, split: int) -> SplitResult | SplitFailed:
         place = self._places[split]
-        if isinstance(place, SplitFailed):
-            return place
-        self._file.seek(place)
-        return SplitResult.from_json(json.loads(self._file.readline()))
+        return place if isinstance(place, SplitFailed) else SplitResult.from_json(self._spool.read(place))
 
     def __delitem__(self, split: int) -> None:
         del self._places[split]
@@ -45,4 +38,4 @@ class HeldResults(MutableMapping[int, SplitResult | SplitFailed]):
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._spool.close()

@@ -17,6 +17,7 @@ from typing import Any
 from batchpipe.journal import read_journal, revoke_journal
 from batchpipe.manifest import SplitResult
 from batchpipe.orders import HIDDEN
+from batchpipe.spool import Spool
 from batchpipe.storage import ObjectMissingError, Pending, Store, is_scrap, join, relative
 
 OUR_NAMES = re.compile(rf"{HIDDEN}/.*|part-(.+-)?\d{{8}}\.\w+(\.\w+)?", re.DOTALL)
@@ -194,21 +195,20 @@ class PieceSpool:
     """The pieces of settled splits, kept in a file: a run of any number of splits costs eight bytes of memory each."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b")
+        self._spool = Spool(path)
         self._places = array("q")
 
     def add(self, result: SplitResult) -> None:
         """Remember what a settled split wrote."""
         missing = result.split + 1 - len(self._places)
         self._places.extend([-1] * max(missing, 0))
-        self._places[result.split] = self._file.seek(0, 2)
         objects = [part.object for part in result.ranges]
         accounts = result.accounts
         counts = {"written": accounts.written, "quarantined": accounts.quarantined}
         line = {"piece": result.piece, **counts, "objects": objects}
         if result.failures:
             line["failed"] = failed_of(result)
-        self._file.write(json.dumps(line).encode() + b"\n")
+        self._places[result.split] = self._spool.add(line)
 
     def __contains__(self, split: int) -> bool:
         return split < len(self._places) and self._places[split] >= 0
@@ -216,12 +216,11 @@ class PieceSpool:
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for split, place in enumerate(self._places):
             if place >= 0:
-                self._file.seek(place)
-                yield split, json.loads(self._file.readline())
+                yield split, self._spool.read(place)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._spool.close()
 
 
 def failed_of(result: SplitResult) -> dict[str, Any]:
