@@ -26,7 +26,7 @@ from batchpipe.publication import (
     roll_forward,
     unpublish,
 )
-from batchpipe.published import find_damage, iter_parts, read_manifest
+from batchpipe.published import find_damage, iter_parts_left, read_manifest
 from batchpipe.redact import clean_uri
 from batchpipe.runs import (
     PieceSpool,
@@ -234,8 +234,7 @@ def _free_or_raise(output: Output, finished: Manifest | None, unfinished: list[s
 def _only_named_or_raise(output: Output, finished: Manifest | None, unfinished: list[str]) -> None:
     """Refuse a folder with data that no manifest names, and that no unfinished run had begun to publish."""
     root = output.folder.root
-    has_table = finished is not None and output.store.exists(join(root, finished.parts.uri))
-    named = {part.uri for part in iter_parts(output.store, root, finished)} if finished and has_table else set()
+    named = {part.uri for part in iter_parts_left(output.store, root, finished)}
     folders = (RunFolder(root, run) for run in unfinished)
     named |= {relative(piece.uri, root) for folder in folders for piece in committed_pieces(output.store, folder)}
     for found in output.store.find(root):

@@ -13,7 +13,7 @@ from batchpipe.errors import OutputError
 from batchpipe.journal import Journal, open_journal, read_journal
 from batchpipe.manifest import Input, Manifest, Part
 from batchpipe.orders import HIDDEN
-from batchpipe.published import iter_parts, read_manifest
+from batchpipe.published import iter_parts, iter_parts_left, read_manifest
 from batchpipe.redact import clean_uri
 from batchpipe.runs import (
     RunFolder,
@@ -148,7 +148,9 @@ def note_lost(journal: Journal, pieces: list[str]) -> None:
 
 def drop_run(store: Store, folder: RunFolder) -> None:
     """Drop an unfinished run, with what of it was published: no manifest names that. Its lock must be held."""
-    named = _named(store, folder.root)
+    # An object may be as it was before its replacement.
+    parts = iter_parts_left(store, folder.root, read_manifest(store, folder.root))
+    named = {(join(folder.root, part.uri), part.sha256) for part in parts}
     pieces = (piece for piece in committed_pieces(store, folder) if (piece.uri, piece.sha256) not in named)
     store.delete(piece.uri for piece in pieces if store.holds(piece))
     discard_run(store, folder)
@@ -158,14 +160,6 @@ def committed_pieces(store: Store, folder: RunFolder) -> Iterator[Pending]:
     """What an unfinished run has begun to publish; nothing where it has not."""
     if any(entry["type"] == "commit" for entry in read_journal(store, folder / "journal")):
         yield from (Pending.from_json(json.loads(line)) for line in iter_table(store, folder / PIECES))
-
-
-def _named(store: Store, root: str) -> set[tuple[str, str]]:
-    """URIs and checksums of what the current manifest names: an object may be as it was before its replacement."""
-    manifest = read_manifest(store, root)
-    if manifest is None or not store.exists(join(root, manifest.parts.uri)):
-        return set()
-    return {(join(root, part.uri), part.sha256) for part in iter_parts(store, root, manifest)}
 
 
 def _version_replaced(store: Store, folder: RunFolder, manifest: Manifest) -> str:
@@ -233,8 +227,7 @@ def unpublish(store: Store, root: str, manifest: Manifest, lock: Lock) -> None:
     is made anew has the same names: so the lock is asked for before anything is removed, again and again.
     """
     folder = RunFolder(root, manifest.run_id)
-    has_table = store.exists(join(root, manifest.parts.uri))
-    parts = iter_parts(store, root, manifest) if has_table else iter(())
+    parts = iter_parts_left(store, root, manifest)
     while some := [join(root, part.uri) for part in islice(parts, AT_A_TIME)]:
         lock.renew()
         store.delete(some)

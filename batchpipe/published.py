@@ -40,6 +40,13 @@ def iter_parts(store: Store, root: str, manifest: Manifest) -> Iterator[Part]:
     return map(Part.model_validate_json, iter_table(store, join(root, manifest.parts.uri)))
 
 
+def iter_parts_left(store: Store, root: str, manifest: Manifest | None) -> Iterator[Part]:
+    """The parts that a manifest names; nothing where there is no manifest, or the table of its parts is gone."""
+    if manifest is None or not store.exists(join(root, manifest.parts.uri)):
+        return iter(())
+    return iter_parts(store, root, manifest)
+
+
 def find_damage(store: Store, root: str, manifest: Manifest) -> str:
     """The first part that is gone or has another size, in words; empty where none is. Lists once and reads no part."""
     folder = resolve(root)
