@@ -22,7 +22,7 @@ from batchpipe.job import InputSpec
 from batchpipe.manifest import Failure
 from batchpipe.orders import Place
 from batchpipe.quarantine import read_failures, to_line
-from batchpipe.split import InputObject
+from batchpipe.split import InputObject, find_object
 from batchpipe.storage import ObjectExistsError, Store, open_store
 
 COUNTED_BYTES = 1 << 30
@@ -71,7 +71,7 @@ def number_failures(numbering: Numbering, place: Place) -> int:
 
 def object_of(failure: Failure, inputs: Iterable[InputObject]) -> InputObject | None:
     """The input object that a failed record is of: with its address in full, which a failure does not say."""
-    return next((one for one in inputs if (one.shown, one.version) == (failure.object, failure.version)), None)
+    return find_object(inputs, failure.object, failure.version)
 
 
 def line_of(found: InputObject, offset: int, spec: InputSpec) -> int | None:

@@ -29,7 +29,7 @@ from batchpipe.published import read_description
 from batchpipe.quarantine import read_failures
 from batchpipe.redact import clean_uri
 from batchpipe.runs import RunFolder
-from batchpipe.split import InputObject, Picks, Split, pick
+from batchpipe.split import InputObject, Picks, Split, find_object, pick
 from batchpipe.storage import Store, open_store
 from batchpipe.tables import iter_table
 
@@ -76,8 +76,7 @@ class Redriven:
         """The same, with the record that the run showed to be answered in its object as it is listed now, if it is."""
         if (answered := self.schemas.answered) is None:
             return self
-        place = answered.object.shown, answered.object.version
-        found = next((one for one in listed if (one.shown, one.version) == place), None)
+        found = find_object(listed, answered.object.shown, answered.object.version)
         known = replace(answered, object=found) if found else None
         return replace(self, schemas=replace(self.schemas, answered=known))
 

@@ -74,6 +74,11 @@ WHOLE = 2**63 - 1
 """The stop of a range that reads its object to the end."""
 
 
+def find_object(inputs: Iterable[InputObject], shown: str, version: str) -> InputObject | None:
+    """The object that was written down under this name, at this version: with its address in full."""
+    return next((one for one in inputs if (one.shown, one.version) == (shown, version)), None)
+
+
 def pick(found: InputObject, records: Iterable[int], offsets: Iterable[int]) -> Range:
     """Some records of an object alone, in order, by their numbers and first bytes; -1 is unknown."""
     return Range(found, 0, WHOLE, picks=Picks(array("q", records), array("q", offsets)))
