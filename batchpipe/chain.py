@@ -6,7 +6,7 @@ has more invocations in flight than it allows.
 
 import asyncio
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager, suppress
@@ -315,8 +315,3 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
             task.cancel()
         loop.run_until_complete(asyncio.gather(*unanswered, return_exceptions=True))
         loop.close()
-
-
-def new_stats() -> dict[str, StageStats]:
-    """An empty account of what each stage does."""
-    return defaultdict(StageStats)

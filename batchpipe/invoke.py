@@ -4,7 +4,7 @@ import asyncio
 import math
 import random
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +12,7 @@ from batchpipe import gauge
 from batchpipe.batch import ByteRecords, Records, slice_records
 from batchpipe.errors import RecordsFailedError
 from batchpipe.manifest import StageStats
-from batchpipe.outcome import NONE, FailedRecord, FailureLimit, Outcome, Part, Stats, outvoted
+from batchpipe.outcome import NONE, FailedRecord, FailureLimit, Outcome, Part, Stats, new_stats, outvoted
 from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, OpenStage, Remedy, in_flight
 
 FIRST_DELAY_S = 0.2
@@ -199,8 +199,7 @@ class Invoker:
         """
         if self._proof is None and (found := await self.find_proof()) is not None:
             self._proof = _one_of(found)
-        stats = defaultdict[str, StageStats](StageStats)
-        search = _Search(FailureLimit(None), stats, self._max_retries, why.remedy is Remedy.DIED)
+        search = _Search(FailureLimit(None), new_stats(), self._max_retries, why.remedy is Remedy.DIED)
         tries = _Tries(search, is_single=True)
         while self._proof is not None:
             try:

@@ -1,6 +1,6 @@
 """What became of records that were sent to a stage: answers, failures, drops, and how many more may fail. Pure."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
@@ -183,3 +183,8 @@ class FailureLimit:
         """Count records that a stage failed for."""
         self.found += count
         self.slow += count * (why.remedy in (Remedy.RETRY, Remedy.DIED))
+
+
+def new_stats() -> Stats:
+    """An empty account of what each stage does."""
+    return defaultdict(StageStats)

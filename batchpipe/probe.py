@@ -8,14 +8,14 @@ from typing import Any
 import pyarrow as pa
 
 from batchpipe.batch import MiniBatch, Origins, Records
-from batchpipe.chain import Chain, new_stats
+from batchpipe.chain import Chain
 from batchpipe.convert import CastError, InputSchema, output_schema
 from batchpipe.errors import JobError, StageStartError
 from batchpipe.formats import FORMATS
 from batchpipe.job import Job
 from batchpipe.manifest import Failure, SplitResult
 from batchpipe.orders import Orders, Schemas
-from batchpipe.outcome import FailureLimit, Outcome
+from batchpipe.outcome import FailureLimit, Outcome, new_stats
 from batchpipe.parts import add_source, as_columns
 from batchpipe.quarantine import Quarantine, open_quarantine
 from batchpipe.source import Source

@@ -13,13 +13,13 @@ import numpy as np
 
 from batchpipe import __version__
 from batchpipe.batch import NO_ORIGINS, MiniBatch, Origins, Records
-from batchpipe.chain import Chain, StageRefused, new_stats, open_chain
+from batchpipe.chain import Chain, StageRefused, open_chain
 from batchpipe.convert import CastError
 from batchpipe.errors import BatchpipeError, PoolError, RecordsFailedError
 from batchpipe.job import Job
 from batchpipe.manifest import SplitFailed, SplitResult
 from batchpipe.orders import Orders
-from batchpipe.outcome import FailureLimit, Outcome
+from batchpipe.outcome import FailureLimit, Outcome, new_stats
 from batchpipe.parts import Piece, open_piece
 from batchpipe.quarantine import open_quarantine
 from batchpipe.redact import secrets_of

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from batchpipe.batch import ByteRecords, MiniBatch, Origins, concat_records
-from batchpipe.chain import new_stats, open_chain
+from batchpipe.chain import open_chain
 from batchpipe.jobfile import load_job
 from batchpipe.orders import SINGLE_RECORDS_TOGETHER
-from batchpipe.outcome import FailureLimit
+from batchpipe.outcome import FailureLimit, new_stats
 from batchpipe.stages import StageContext
 from batchpipe.stages.connections import Connections
 from benchmarks.job_files import write_job

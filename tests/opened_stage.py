@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from batchpipe.batch import ByteRecords, Records
-from batchpipe.chain import new_stats
 from batchpipe.invoke import Invoker
 from batchpipe.job import Job, StageSpec
 from batchpipe.jobfile import load_job
-from batchpipe.outcome import FailureLimit, Outcome
+from batchpipe.outcome import FailureLimit, Outcome, new_stats
 from batchpipe.redact import secrets_of
 from batchpipe.stages import Answer, InvocationFailed, OpenStage, StageContext, open_stage
 from batchpipe.stages.http import HttpStage

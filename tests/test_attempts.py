@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchpipe.batch import Records
-from batchpipe.chain import new_stats
 from batchpipe.errors import RecordsFailedError
 from batchpipe.gauge import read_gauge
 from batchpipe.invoke import Invoker
-from batchpipe.outcome import FailureLimit, Outcome
+from batchpipe.outcome import FailureLimit, Outcome, new_stats
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 from tests.doubling import Doubling, column
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchpipe.batch import MiniBatch, Origins, Records
-from batchpipe.chain import Chain, Slots, StageRefused, _run, new_stats
+from batchpipe.chain import Chain, Slots, StageRefused, _run
 from batchpipe.errors import PoolError
 from batchpipe.invoke import Invoker
 from batchpipe.orders import Orders, Place, Schemas
-from batchpipe.outcome import FailureLimit
+from batchpipe.outcome import FailureLimit, new_stats
 from batchpipe.stages import Answer, InvocationFailed, Remedy
 from tests.doubling import Doubling, numbers_of
 from tests.jobs import until

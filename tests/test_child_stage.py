@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 
 from batchpipe.batch import MiniBatch, Origins, Records
-from batchpipe.chain import Chain, StageRefused, new_stats, open_chain
+from batchpipe.chain import Chain, StageRefused, open_chain
 from batchpipe.convert.frames import FrameRecords
 from batchpipe.errors import PoolError, StageStartError
-from batchpipe.outcome import FailureLimit, Outcome
+from batchpipe.outcome import FailureLimit, Outcome, new_stats
 from batchpipe.redact import secrets_of
 from batchpipe.stages import InvocationFailed, Remedy, StageContext
 from batchpipe.stages.child_process import Call, answer

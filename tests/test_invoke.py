@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from batchpipe import invoke
 from batchpipe.batch import ByteRecords, Records
-from batchpipe.chain import new_stats
 from batchpipe.errors import RecordsFailedError
 from batchpipe.invoke import Invoker
-from batchpipe.outcome import FailureLimit, Outcome
+from batchpipe.outcome import FailureLimit, Outcome, new_stats
 from batchpipe.stages import WRONG_COUNT, Answer, InvocationFailed, Remedy
 from tests.doubling import Doubling, column, numbers_of
 
