@@ -97,38 +97,37 @@ def outvoted(parts: Sequence[Part]) -> dict[int, InvocationFailed]:
     tables whose columns cannot stand beside those of the others.
     """
     answered = [(first, one.records, len(one.places)) for first, one in parts if one.records is not None]
-    if len(answered) < 2:
-        return {}
     return {**_other_texts(answered), **_other_tables(answered)}
 
 
 def _other_texts(answered: Iterable[_Answered]) -> dict[int, InvocationFailed]:
     texts = [(first, _kind(records), count) for first, records, count in answered if isinstance(records, ByteRecords)]
-    usual, _ = _most_common((kind, count) for _, kind, count in texts)
-    if usual is None or not {media_type for _, (media_type, _), _ in texts} & TABULAR:
+    kinds = {kind for _, kind, _ in texts}
+    if len(kinds) < 2 or not {media_type for media_type, _ in kinds} & TABULAR:
         return {}
+    usual, _ = _most_common((kind, count) for _, kind, count in texts)
     return {first: _unusual(kind, usual) for first, kind, _ in texts if kind != usual}
 
 
 def _other_tables(answered: Iterable[_Answered]) -> dict[int, InvocationFailed]:
     """Where most records agree. Else nobody can say which are odd, and the stage does not answer alike."""
     tables = [(first, records.schema, count) for first, records, count in answered if isinstance(records, pa.Table)]
+    if len({schema for _, schema, _ in tables}) < 2:
+        return {}
     usual, share = _most_common((schema, count) for _, schema, count in tables)
-    if usual is None or share <= 0.5:
+    if share <= 0.5:
         return {}
     odd = ((first, _misfit(schema, usual)) for first, schema, _ in tables if schema != usual)
     return {first: InvocationFailed("WrongAnswer", why, Remedy.ISOLATE) for first, why in odd if why}
 
 
-def _most_common(counted: Iterable[tuple[_Kind, int]]) -> tuple[_Kind | None, float]:
-    """What most records are, and which share of all; None where there are none."""
+def _most_common(counted: Iterable[tuple[_Kind, int]]) -> tuple[_Kind, float]:
+    """What most records are, and which share of all."""
     counts = Counter[_Kind]()
     for kind, count in counted:
         counts[kind] += count
-    if not counts.total():
-        return None, 0.0
     [(usual, most)] = counts.most_common(1)
-    return usual, most / counts.total()
+    return usual, most / max(counts.total(), 1)
 
 
 def _misfit(schema: pa.Schema, usual: pa.Schema) -> str:
