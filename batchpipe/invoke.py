@@ -220,7 +220,7 @@ class Invoker:
                 next="run the same command again after that: it resumes, and finished splits are kept; "
                 f"or wait for it in the run: --set on_error.no_progress_timeout_s={2 * wanted_s:.0f}",
             )
-        with in_flight.invocation(self.stage.name, "waiting for another attempt"):
+        with in_flight.Invocation(self.stage.name, "waiting for another attempt"):
             while delay_s > 0:
                 slice_s = min(delay_s, self._longest_wait_s / 3)
                 await asyncio.sleep(slice_s)

@@ -84,10 +84,10 @@ def test_a_dump_of_something_else_shows_nothing():
 
 def test_invocations_are_counted_by_stage_and_by_what_they_wait_for_until_they_end():
     with (
-        in_flight.invocation("model"),
-        in_flight.invocation("model"),
-        in_flight.invocation("model", "waiting for another attempt"),
-        in_flight.invocation("other", "in a process of its own", lambda: "its calls"),
+        in_flight.Invocation("model"),
+        in_flight.Invocation("model"),
+        in_flight.Invocation("model", "waiting for another attempt"),
+        in_flight.Invocation("other", "in a process of its own", lambda: "its calls"),
     ):
         told = re.sub(r"\d s$", "N s", in_flight.told(), flags=re.MULTILINE)
 

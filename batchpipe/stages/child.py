@@ -124,7 +124,7 @@ class SharedProcess:
         stage = self._birth.stages[wanted.stage]  # the last one for what is only joined
         timeout_s = stage.invocations_timeout_s
         try:
-            with in_flight.invocation(stage.name, "in a process of its own", child.calls):
+            with in_flight.Invocation(stage.name, "in a process of its own", child.calls):
                 return child, child.call(wanted.stage, rows, wanted.number, timeout_s)
         except TimeoutError:
             self._child = None

@@ -166,7 +166,7 @@ class HttpStage:
         if not len(records):
             raise InvocationFailed("NoRecords", "an empty request is never sent", Remedy.ISOLATE)
         async with self._turns.all() if alone else self._turns.one:
-            with in_flight.invocation(self.name):
+            with in_flight.Invocation(self.name):
                 return Answer(await self._request(records, self.exchange.content_type_of(records)))
 
     def close(self) -> None:
