@@ -10,7 +10,8 @@ from pathlib import Path
 from batchpipe.errors import MAX_LOG_CHARACTERS
 from batchpipe.redact import mask
 
-_FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
+CALL = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
+"""A call in what faulthandler prints."""
 OWN_FOLDER = f"{Path(__file__).parent.parent}/"
 _LIBRARY_FOLDERS = tuple(
     {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")}
@@ -65,9 +66,9 @@ def crash_in(log: str) -> Crash:
 
 def _users_call(calls: str) -> str:
     """``file.py:41 in __call__``: the innermost call of the user's own code; empty if there is none."""
-    found = (_FRAME.fullmatch(line) for line in calls.splitlines())
-    first = next((frame for frame in found if frame and is_user_code(frame[1])), None)
-    return f"{first[1]}:{first[2]} in {first[3]}" if first else ""
+    found = (CALL.fullmatch(line) for line in calls.splitlines())
+    first = next((frame for frame in found if frame and is_user_code(frame["file"])), None)
+    return f"{first['file']}:{first['line']} in {first['function']}" if first else ""
 
 
 def is_user_code(file: str) -> bool:

@@ -13,14 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from batchpipe.stages import in_flight
-from batchpipe.stages.logs import OWN_FOLDER, is_own_code, is_user_code
+from batchpipe.stages.logs import CALL, OWN_FOLDER, is_own_code, is_user_code
 from batchpipe.stages.watcher import WatchedProcess, WatcherLostError
 
 ANSWER_S = 2.0
 INNERMOST = 6
 _AND = "\n  and\n"
 """Between the calls of two threads."""
-_CALL = re.compile(r'  File "(?P<file>.*)", line \d+ in (?P<function>.*)')
 _AT_WORK = {
     (f"{OWN_FOLDER}pool.py", "_run"),
     (f"{OWN_FOLDER}stages/__init__.py", "open_stage"),
@@ -68,7 +67,7 @@ def calls_at_work(dump: str, waits_for: str = "") -> str:
     That is code of the user's, and our own where it reads, writes, or opens a stage. Tasks that wait for a stage are
     shown only where nothing else is.
     """
-    threads = [list(filter(None, map(_CALL.fullmatch, thread.splitlines()))) for thread in dump.split("\n\n")]
+    threads = [list(filter(None, map(CALL.fullmatch, thread.splitlines()))) for thread in dump.split("\n\n")]
     at_work = [calls for calls in threads if any(map(_is_work, calls))]
     working = [calls for calls in at_work if not _is_waiting(calls)]
     shown = working if working or waits_for else at_work
