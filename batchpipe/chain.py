@@ -23,10 +23,10 @@ import numpy as np
 from batchpipe.batch import MiniBatch, Records
 from batchpipe.errors import PoolError
 from batchpipe.invoke import Invoker
-from batchpipe.job import Job
+from batchpipe.job import Job, StageSpec
 from batchpipe.manifest import StageStats
 from batchpipe.outcome import FailedRecord, FailureLimit, Outcome
-from batchpipe.stages import InvocationFailed, StageContext, open_stage
+from batchpipe.stages import InvocationFailed, OpenStage, StageContext, open_stage
 from batchpipe.stages.callable import CallableStage
 from batchpipe.stages.child import ChildStage, SharedProcess
 from batchpipe.stages.contract import Advice
@@ -122,7 +122,7 @@ class Chain:
             if isinstance(stage, CallableStage):
                 process, slots = shared or (SharedProcess(job, watcher, scratch), Slots(ChildStage.concurrency))
                 stages[place] = child = ChildStage(spec, stage, process)
-                isolated._invokers[place] = Invoker(child, spec.invocations_max_retries)
+                isolated._invokers[place] = _invoker(child, spec, job)
                 isolated._invokers[place].find_proof = partial(isolated._answered_before, place)
                 isolated._slots[place] = slots
                 shared = (process, slots) if stage.hands_on_frames else None
@@ -300,8 +300,11 @@ def open_chain(job: Job, context: StageContext, watcher: Watcher | None, ended: 
     for stage, following in pairwise(stages):
         if isinstance(stage, CallableStage) and isinstance(following, CallableStage):
             stage.hands_on_frames = following.takes_frames
-    patience_s, specs = job.on_error.no_progress_timeout_s, zip(stages, job.stages, strict=True)
-    return Chain([Invoker(stage, spec.invocations_max_retries, patience_s) for stage, spec in specs], loop)
+    return Chain([_invoker(stage, spec, job) for stage, spec in zip(stages, job.stages, strict=True)], loop)
+
+
+def _invoker(stage: OpenStage, spec: StageSpec, job: Job) -> Invoker:
+    return Invoker(stage, spec.invocations_max_retries, job.on_error.no_progress_timeout_s)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -15,6 +15,7 @@ from batchpipe.batch import MiniBatch, Origins, Records
 from batchpipe.chain import Chain, StageRefused, open_chain
 from batchpipe.convert.frames import FrameRecords
 from batchpipe.errors import PoolError, StageStartError
+from batchpipe.gauge import read_gauge
 from batchpipe.outcome import FailureLimit, Outcome, new_stats
 from batchpipe.redact import secrets_of
 from batchpipe.stages import InvocationFailed, Remedy, StageContext
@@ -124,6 +125,14 @@ def odd_once(frame: pd.DataFrame):
 def leaving_all(frame: pd.DataFrame):
     return leaving(frame), frame.n >= 0
 
+class Busy(Exception):
+    retry = True
+
+def busy_once(frame: pd.DataFrame):
+    if asked() == 1:
+        raise Busy
+    return frame
+
 def failing_at_the_fourth(frame: pd.DataFrame):
     if asked() == 4:
         raise LookupError("not now")
@@ -138,9 +147,9 @@ def open_children(tmp_path: Path) -> Iterator[Open]:
     (tmp_path / "child_stages.py").write_text(STAGES)
     with contextlib.ExitStack() as stack:
 
-        def open_it(*names: str, **keys: Any) -> Chain:
+        def open_it(*names: str, on_error: dict[str, Any] | None = None, **keys: Any) -> Chain:
             stages = [{"callable": f"child_stages:{name}", "name": name, **keys} for name in names]
-            job = make_job(tmp_path, *stages)
+            job = make_job(tmp_path, *stages, on_error=on_error or {})
             watcher = stack.enter_context(open_watcher())
             chain = stack.enter_context(
                 open_chain(job, StageContext("run", 0, tmp_path, tmp_path, secrets_of(job)), watcher)
@@ -297,3 +306,15 @@ def test_rows_for_which_there_is_no_memory_are_tried_as_fewer_and_break_no_contr
 
     assert isinstance(failure, InvocationFailed)
     assert (failure.reason, failure.remedy) == ("MemoryError", Remedy.ISOLATE)
+
+
+def test_a_wait_between_attempts_moves_the_run_while_it_lasts(open_children: Open):
+    chain = open_children("busy_once", on_error={"no_progress_timeout_s": 0.15})
+    before = read_gauge()["moved"]
+
+    outcome = send(chain, pa.table({"n": [1]}))
+
+    assert answers(outcome) == [1]
+    assert (
+        read_gauge()["moved"] >= before + 2 + 2
+    )  # two attempts, and a wait of 0.1 s and more, a third of it at a time
