@@ -205,6 +205,21 @@ def until(condition: Callable[[], object], within_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+def stop_at_an_obstacle(jobs: Jobs, job: Path, name: str) -> str:
+    """Have a run publish all but one of its parts, in whose place there is a file of somebody else for a while.
+
+    Its stages touch ``began`` and wait for ``go``. What the run said, which it ends with 7.
+    """
+    run = jobs.start("run", job)
+    until((jobs.folder / "began").exists, within_s=60)
+    obstacle = jobs.write(f"out/{name}", "not ours")
+    jobs.write("go", "")
+    _, told = run.communicate(timeout=60)
+    assert (run.returncode, f"error: cannot publish {name!r}: " in told) == (7, True), told
+    obstacle.unlink()
+    return told
+
+
 def below(folder: Path) -> Iterator[Path]:
     """What lies below a folder. Unlike a glob it bears with what is removed while it looks."""
     for found, folders, files in os.walk(folder):

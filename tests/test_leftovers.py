@@ -15,7 +15,7 @@ from batchpipe.journal import open_journal
 from batchpipe.leftovers import clean_output, find_in_output
 from batchpipe.runs import RunFolder, iter_pending
 from batchpipe.storage import Store, open_store
-from tests.jobs import ECHO, GATE, NO_ENGINE, Jobs, csv_rows, until
+from tests.jobs import ECHO, GATE, NO_ENGINE, Jobs, csv_rows, stop_at_an_obstacle, until
 from tests.s3_server import S3Server
 
 STAGES = """
@@ -178,17 +178,6 @@ def test_of_a_process_that_cannot_be_seen_the_lock_tells_whether_it_lives(tmp_pa
         alive = states(store, root)
 
     assert (alive, states(store, root)) == (["in use"], ["unfinished"])
-
-
-def stop_at_an_obstacle(jobs: Jobs, job: Path, name: str) -> None:
-    """Have a run publish all but one of its parts, in whose place there is a file of somebody else for a while."""
-    first = jobs.start("run", job)
-    until((jobs.folder / "began").exists)
-    obstacle = jobs.write(f"out/{name}", "not ours")
-    jobs.write("go", "")
-    _, told = first.communicate(timeout=60)
-    assert (first.returncode, f"cannot publish {name!r}" in told) == (7, True), told
-    obstacle.unlink()
 
 
 def test_g2_a_run_that_had_begun_to_publish_is_finished_by_a_start_of_another_job(jobs):
