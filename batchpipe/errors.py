@@ -13,6 +13,10 @@ Every error says what failed, where, why, and what to type next. The text is bui
 constructor's own arguments, so an error survives the pickling between a worker and the driver.
 """
 
+import errno
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What an OSError has for a number where a file cannot grow."""
 MAX_LOG_CHARACTERS = 2_000
 """Dask replaces an exception whose text is very long by a bare ``Exception``; a log's tail stays well below."""
 _UNDER = "\n         "

@@ -4,7 +4,6 @@ Knows processes, not Dask: what a worker does with its folder is `batchpipe.work
 """
 
 import contextlib
-import errno
 import json
 import os
 import pickle
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from batchpipe.errors import BatchpipeError, PoolError
+from batchpipe.errors import DISK_FULL, BatchpipeError, PoolError
 from batchpipe.job import ComputeSpec
 from batchpipe.stages import stacks
 from batchpipe.stages.logs import crash_in
@@ -110,7 +109,7 @@ def telling_of_full_scratch() -> Iterator[None]:
 
 def _is_of_full_scratch(error: BaseException | None) -> TypeGuard[OSError]:
     """Whether a file there cannot grow. Who writes elsewhere tells his own errors: what names no file is of ours."""
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if not isinstance(error, OSError) or error.errno not in DISK_FULL:
         return False
     folder = Path(tempfile.gettempdir()).resolve()
     return error.filename is None or Path(error.filename).resolve().is_relative_to(folder)

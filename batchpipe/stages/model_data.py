@@ -4,7 +4,6 @@ All workers of a machine share the cache of the user: the first fetches, the oth
 its store tells no version of (a web server without ETag and Last-Modified) each worker fetches for itself.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -17,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchpipe.errors import BatchpipeError, StageStartError
+from batchpipe.errors import DISK_FULL, BatchpipeError, StageStartError
 from batchpipe.redact import clean_uri
 from batchpipe.stages import StageContext
 from batchpipe.stages.unpack import UnpackError, inside, iter_files, unpack
@@ -50,7 +49,7 @@ def open_model_data(
 
 
 def _advice(stage: "StageSpec", error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return "make room where models are unpacked, ~/.cache/batchpipe, or name a larger disk in XDG_CACHE_HOME"
     key = f"stages.{stage.name}.{stage.kind}.model_data"
     return f"put a folder, a tar.gz or a zip there, or correct {key}: a path is relative to the job file's folder"
